@@ -1,0 +1,1 @@
+"""Stores: where pages go when they leave memory."""

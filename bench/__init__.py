@@ -1,0 +1,1 @@
+"""Measurements against kernel swap, and the demonstration."""

@@ -1,0 +1,1 @@
+"""The engine: regions, the pager that serves them, and the commands."""

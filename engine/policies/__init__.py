@@ -1,0 +1,1 @@
+"""Policies: pure code that names victims and pages to read ahead."""
