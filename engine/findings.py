@@ -13,6 +13,7 @@ import errno
 from dataclasses import dataclass
 from typing import Literal
 
+from userswap.backends.grammar import format_size
 from userswap.engine import probe
 from userswap.engine.machine import UNLIMITED, Codec, Machine
 from userswap.engine.probe import Facts, Service, describe
@@ -21,7 +22,6 @@ FILES_NEEDED = 256
 """Descriptors: a client holds a handful however many regions it has; the rest is the program's."""
 MAPS_DEFAULT = 65530
 """The kernel's own vm.max_map_count."""
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 Status = Literal["ok", "limited", "missing"]
 
@@ -82,14 +82,8 @@ def examine(facts: Facts, machine: Machine) -> Report:
     return Report(probe.service_level(facts), tuple(findings))
 
 
-def size(count: int) -> str:
-    """A limit in words: binary units, as many digits as help."""
-    if count == UNLIMITED:
-        return "unlimited"
-    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
-        if count >= unit:
-            return f"{count / unit:.1f} {name}".replace(".0 ", " ")
-    return f"{count} bytes"
+def _limit(count: int) -> str:
+    return "unlimited" if count == UNLIMITED else format_size(count)
 
 
 def _kernel(facts: Facts) -> Finding:
@@ -283,7 +277,7 @@ def ranges(numbers: tuple[int, ...]) -> str:
 
 
 def _locked_memory(facts: Facts, machine: Machine) -> Finding:
-    topic, fact = "locked memory", f"RLIMIT_MEMLOCK {size(machine.memlock_limit)}"
+    topic, fact = "locked memory", f"RLIMIT_MEMLOCK {_limit(machine.memlock_limit)}"
     if machine.memlock_limit == UNLIMITED or facts.may(probe.CAP_IPC_LOCK):
         return Finding(topic, "ok", fact, "the pool is locked: the kernel never swaps it")
     use = "a pool larger than that is not locked"
@@ -294,7 +288,7 @@ def _locked_memory(facts: Facts, machine: Machine) -> Finding:
 
 
 def _address_space(machine: Machine) -> Finding:
-    topic, fact = "address space", f"RLIMIT_AS {size(machine.address_limit)}"
+    topic, fact = "address space", f"RLIMIT_AS {_limit(machine.address_limit)}"
     if machine.address_limit == UNLIMITED:
         return Finding(topic, "ok", fact, "regions may be far larger than memory", "", True)
     return Finding(
@@ -390,7 +384,7 @@ def _cgroup(machine: Machine) -> Finding:
     controller = "with" if machine.cgroup_memory else "without"
     fact = f"version {machine.cgroup_version}, {controller} memory controller"
     if machine.memory.limit is not None:
-        fact += f"; {size(machine.memory.limit)} left to this process"
+        fact += f"; {format_size(machine.memory.limit)} left to this process"
     if machine.cgroup_memory:
         return Finding("memory control group", "ok", fact, use)
     return Finding("memory control group", "missing", fact, use, "boot with cgroup_enable=memory")

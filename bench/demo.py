@@ -1,0 +1,366 @@
+"""`userswap demo`: real files in a fraction of their size, and the proof that all came back.
+
+Fills a region with the files of this machine, checks every file's SHA-256 through the paged memory
+in random order, then sorts a numpy array twice the size of the resident budget in a region of its
+own. What is called saved has everything deducted that userswap holds, the pager itself included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import userswap
+from userswap.backends import grammar
+from userswap.bench import corpus
+from userswap.bench.progress import Progress
+from userswap.engine import machine, probe
+
+SCHEMA = "userswap.demo/1"
+PAGE = probe.PAGE_SIZE
+MIB = 1 << 20
+USABLE_SHARE = 0.75
+"""Of the free memory: data that does not compress takes a quarter more than its size."""
+SORT_PIECES = 32
+"""The array is worked on in so many pieces: between two, progress shows and Ctrl-C is heard."""
+SORT_VALUES = 1 << 24
+"""Values below this leave most bytes of each number zero, as numbers in programs do."""
+
+
+class PagedRegion(Protocol):
+    """What the demonstration uses of userswap.Region."""
+
+    @property
+    def memory(self) -> memoryview: ...
+    def stats(self) -> userswap.RegionStats: ...
+
+
+OpenRegion = Callable[..., AbstractContextManager[PagedRegion]]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What will be done, after the machine's limits were taken into account."""
+
+    candidates: tuple[corpus.Candidate, ...]
+    size: int
+    resident: int
+    store: str
+    seed: int
+    user_mode_only: bool
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    name: str
+    size: int
+    seconds: float
+    faults: dict[str, int]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What was found, region by region."""
+
+    phases: list[Phase] = field(default_factory=list)
+    pages: int = 0
+    lost: int = 0
+    files_stats: userswap.RegionStats | None = None
+    sort_stats: userswap.RegionStats | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        return f"verified: {self.pages - self.lost} pages, {self.lost} lost"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Fill a region with real files, check every file's SHA-256 through the paged memory in "
+        "random order, then sort a numpy array of twice the resident budget. All of it must "
+        "come back."
+    )
+    parser.epilog = (
+        "exit code: 0 every page was verified, 1 something was lost, 3 this machine cannot\n\n"
+        "examples:\n"
+        "  userswap demo\n"
+        "  userswap demo --size 256MiB --resident 10% --store ram:lz4\n"
+        "  userswap demo --seed 7 --json > demo.json"
+    )
+    parser.add_argument(
+        "--size", default="1GiB", help="of the data, at most (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--resident",
+        default="25%",
+        help="of it in memory: a size or a percentage (default: 25%%)",
+    )
+    parser.add_argument(
+        "--store", default="ram:zstd", help="URL of the store (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of the random order (default: 1)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    plan = make_plan(
+        arguments.size, arguments.resident, arguments.store, arguments.seed, corpus.default_roots()
+    )
+    outcome = demonstrate(plan, userswap.Region)
+    print(
+        json.dumps(as_json(plan, outcome), indent=2) if arguments.json else as_text(plan, outcome)
+    )
+    return 0 if outcome.lost == 0 else 1
+
+
+def make_plan(size: str, resident: str, store: str, seed: int, roots: list[Path]) -> Plan:
+    """Raises UnsupportedError where the kernel refuses all service."""
+    service = probe.service_level(probe.gather())
+    if service.level == "none":
+        raise userswap.UnsupportedError(f"{service.reason}; {service.remedy}")
+    notes = []
+    if service.level == "user_mode_only":
+        notes.append(f"serving user-mode faults only: {service.reason}; {service.remedy}")
+    wanted = grammar.parse_size(size)
+    affordable = int(machine.memory().usable * USABLE_SHARE)
+    if wanted > affordable:
+        notes.append(f"{size} asked for, but memory allows {grammar.format_size(affordable)}")
+    capacity = min(wanted, affordable)
+    candidates = corpus.choose(roots, capacity)
+    found = sum(candidate.length for candidate in candidates)
+    if not candidates:
+        raise userswap.ConfigError(f"no file fits into {grammar.format_size(capacity)}")
+    if found < 0.99 * capacity:
+        notes.append(f"this machine has {grammar.format_size(found)} of files to show")
+    rounded = -(-found // PAGE) * PAGE
+    return Plan(
+        candidates=tuple(candidates),
+        size=rounded,
+        resident=grammar.parse_size(resident, whole=rounded) // PAGE * PAGE,
+        store=store,
+        seed=seed,
+        user_mode_only=service.level == "user_mode_only",
+        notes=tuple(notes),
+    )
+
+
+def demonstrate(plan: Plan, open_region: OpenRegion) -> Outcome:
+    outcome = Outcome()
+    _page_files(plan, open_region, outcome)
+    try:
+        import numpy
+    except ImportError:
+        outcome.notes.append("nothing was sorted: numpy is not installed")
+    else:
+        _sort_numbers(plan, open_region, outcome, numpy)
+    return outcome
+
+
+def _open(
+    plan: Plan, open_region: OpenRegion, name: str, size: int
+) -> AbstractContextManager[PagedRegion]:
+    return open_region(
+        size,
+        resident=plan.resident,
+        store=plan.store,
+        name=name,
+        user_mode_only=plan.user_mode_only,
+    )
+
+
+class Stage:
+    """One region at work: its phases are timed and their faults told apart."""
+
+    def __init__(self, region: PagedRegion, outcome: Outcome) -> None:
+        self._region = region
+        self._outcome = outcome
+        self._progress = Progress(self._note)
+        self._name, self._size = "", 0
+        self._before: dict[str, int] = {}
+        self.advance = self._progress.advance
+
+    def _note(self) -> str:
+        stats = self._region.stats()
+        return f"{stats.faults_native + stats.faults_awaited} faults  ratio {stats.ratio:.1f}"
+
+    def begin(self, name: str, size: int) -> None:
+        self._name, self._size = name, size
+        self._before = dict(self._region.stats().faults)
+        self._progress.begin(name, size)
+
+    def end(self) -> None:
+        seconds = self._progress.end()
+        after = self._region.stats().faults
+        faults = {kind: count - self._before.get(kind, 0) for kind, count in after.items()}
+        self._outcome.phases.append(Phase(self._name, self._size, seconds, faults))
+
+
+def _page_files(plan: Plan, open_region: OpenRegion, outcome: Outcome) -> None:
+    with _open(plan, open_region, "demo-files", plan.size) as region:
+        stage = Stage(region, outcome)
+        stage.begin("fill", sum(candidate.length for candidate in plan.candidates))
+        pieces = corpus.load(region.memory, plan.candidates, stage.advance)
+        stage.end()
+        random.Random(plan.seed).shuffle(pieces)
+        lost: set[int] = set()
+        total = sum(piece.length for piece in pieces)
+        stage.begin("check", total)
+        for piece in pieces:
+            if not corpus.intact(region.memory, piece, stage.advance):
+                end = piece.offset + piece.length
+                lost.update(range(piece.offset // PAGE, -(-end // PAGE)))
+        stage.end()
+        outcome.files_stats = region.stats()
+        outcome.pages += -(-total // PAGE)
+        outcome.lost += max(len(lost), outcome.files_stats.lost_pages)
+
+
+def _sort_numbers(plan: Plan, open_region: OpenRegion, outcome: Outcome, numpy: Any) -> None:
+    size = 2 * plan.resident
+    with _open(plan, open_region, "demo-sort", size) as region:
+        stage = Stage(region, outcome)
+        array = numpy.frombuffer(region.memory, dtype=numpy.uint64)
+        try:
+            steps = _pieces(len(array))
+            stage.begin("write", size)
+            generator = numpy.random.default_rng(plan.seed)
+            for low, high in steps:
+                array[low:high] = generator.integers(0, SORT_VALUES, high - low, numpy.uint64)
+                stage.advance(8 * (high - low))
+            stage.end()
+            before = _fingerprint(numpy, array, steps)
+            stage.begin("sort", size)
+            _sort(array, stage.advance)
+            stage.end()
+            good = _fingerprint(numpy, array, steps) == before and _ascending(array, steps)
+        finally:
+            del array  # or the region could not give its memory back
+        outcome.sort_stats = region.stats()
+        outcome.pages += size // PAGE
+        outcome.lost += max(outcome.sort_stats.lost_pages, 0 if good else size // PAGE)
+
+
+def _pieces(count: int) -> list[tuple[int, int]]:
+    step = -(-count // SORT_PIECES)
+    return [(low, min(low + step, count)) for low in range(0, count, step)]
+
+
+def _sort(array: Any, advance: Callable[[int], None]) -> None:
+    """Quicksort, its upper levels taken one by one."""
+    grain = -(-len(array) // SORT_PIECES)
+    stack = [(0, len(array))]
+    while stack:
+        low, high = stack.pop()
+        if high - low <= grain:
+            array[low:high].sort()
+            advance(8 * (high - low))
+        else:
+            middle = (low + high) // 2
+            array[low:high].partition(middle - low)
+            stack += [(middle, high), (low, middle)]
+
+
+def _fingerprint(numpy: Any, array: Any, steps: list[tuple[int, int]]) -> tuple[int, int]:
+    """The same for the same numbers in any order."""
+    total = parity = 0
+    for low, high in steps:
+        total += int(array[low:high].sum())
+        parity ^= int(numpy.bitwise_xor.reduce(array[low:high]))
+    return total, parity
+
+
+def _ascending(array: Any, steps: list[tuple[int, int]]) -> bool:
+    """Whether each number is at least the one before it, across the pieces too."""
+    return all(
+        bool((array[max(low - 1, 0) : high - 1] <= array[max(low, 1) : high]).all())
+        for low, high in steps
+    )
+
+
+def held(stats: userswap.RegionStats) -> dict[str, int]:
+    """Everything that userswap keeps in memory for a region."""
+    return {
+        "resident": stats.resident_bytes,
+        "staging": stats.staging_bytes,
+        "kept": stats.kept_bytes,
+        "pool": stats.pool_bytes,
+        "tables": stats.table_bytes,
+        "pager": stats.pager_rss_bytes,
+    }
+
+
+def as_json(plan: Plan, outcome: Outcome) -> dict[str, Any]:
+    stats = outcome.files_stats
+    used = held(stats) if stats else {}
+    return {
+        "schema": SCHEMA,
+        "version": userswap.__version__,
+        "size": plan.size,
+        "resident": plan.resident,
+        "store": plan.store,
+        "seed": plan.seed,
+        "user_mode_only": plan.user_mode_only,
+        "files": len(plan.candidates),
+        "notes": [*plan.notes, *outcome.notes],
+        "phases": [asdict(phase) for phase in outcome.phases],
+        "held_bytes": used,
+        "saved_bytes": plan.size - sum(used.values()),
+        "stats": {
+            "files": stats.as_dict() if stats else None,
+            "sort": outcome.sort_stats.as_dict() if outcome.sort_stats else None,
+        },
+        "pages": outcome.pages,
+        "lost": outcome.lost,
+        "verdict": outcome.verdict,
+        "facts": asdict(probe.gather()),
+        "machine": asdict(machine.gather()),
+    }
+
+
+def as_text(plan: Plan, outcome: Outcome) -> str:
+    rows = [
+        ("data", f"{grammar.format_size(plan.size)} in {len(plan.candidates)} files"),
+        (
+            "resident",
+            f"{grammar.format_size(plan.resident)} ({100 * plan.resident / plan.size:.0f} %)",
+        ),
+        ("store", plan.store),
+    ]
+    for phase in outcome.phases:
+        rate = phase.size / MIB / max(phase.seconds, 1e-9)
+        faults = sum(phase.faults.values())
+        speed = f"{grammar.format_size(phase.size)} in {phase.seconds:.1f} s, {rate:.0f} MiB/s"
+        rows.append((phase.name, f"{speed}, {faults} faults"))
+    if outcome.files_stats:
+        rows += _memory_rows(plan.size, outcome.files_stats)
+    rows += [("note", note) for note in (*plan.notes, *outcome.notes)]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([*(f"{name:{width}}  {value}" for name, value in rows), outcome.verdict])
+
+
+def _memory_rows(size: int, stats: userswap.RegionStats) -> list[tuple[str, str]]:
+    used = held(stats)
+    total = sum(used.values())
+    parts = " + ".join(f"{name} {grammar.format_size(part)}" for name, part in used.items() if part)
+    saved = f"{grammar.format_size(size - total)} of {grammar.format_size(size)}"
+    rows = [(f"{name} fault", _latency(quantiles)) for name, quantiles in stats.latency_us.items()]
+    return [
+        *((name, value) for name, value in rows if value),
+        ("compression", f"{stats.ratio:.2f} : 1"),
+        ("memory held", f"{grammar.format_size(total)} = {parts}"),
+        ("memory saved", f"{saved} ({100 * (size - total) / size:.0f} %)"),
+        ("pager CPU", f"{stats.pager_cpu_seconds:.1f} s"),
+    ]
+
+
+def _latency(quantiles: dict[str, float]) -> str:
+    """Empty where no fault went that way."""
+    if not quantiles.get("max"):
+        return ""
+    return f"p50 {quantiles['p50']:.1f} us, p99 {quantiles['p99']:.1f} us"

@@ -1,0 +1,139 @@
+"""The command line: help, usage errors, exit codes, signals; what commands do is elsewhere."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import userswap
+from userswap.backends.grammar import GrammarError
+from userswap.engine import cli
+
+COMMAND = [sys.executable, "-m", "userswap"]
+
+
+def userswap_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_help_teaches_every_command_with_examples() -> None:
+    child = userswap_command("--help")
+    assert child.returncode == 0
+    assert "examples:" in child.stdout
+    assert "exit codes:" in child.stdout
+    for command in cli.COMMANDS:
+        assert command.help.split()[0] in child.stdout
+
+
+@pytest.mark.parametrize("command", [["demo"], ["doctor"], ["bench", "kernel"]])
+def test_every_command_has_help_with_examples_and_json(command: list[str]) -> None:
+    child = userswap_command(*command, "--help")
+    assert child.returncode == 0, child.stderr
+    assert "--json" in child.stdout
+    assert "exampl" in child.stdout
+
+
+def test_help_does_not_wait_for_the_c_core() -> None:
+    code = (
+        "import sys; from userswap.engine.cli import main; main(['--help']);"
+        "sys.exit('userswap.native' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_version() -> None:
+    child = userswap_command("--version")
+    assert child.stdout == f"userswap {userswap.__version__}\n"
+    assert child.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["bench"], ["nonsense"], ["doctor", "--nonsense"], ["--nonsense"]]
+)
+def test_usage_errors_are_2(arguments: list[str]) -> None:
+    child = userswap_command(*arguments)
+    assert child.returncode == 2
+    assert child.stderr.startswith("usage: userswap")
+    assert child.stdout == ""
+
+
+def parsed(run: object) -> argparse.Namespace:
+    return argparse.Namespace(run=run, json=False)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (userswap.UserswapError("bad"), 1),
+        (userswap.ConfigError("bad"), 2),
+        (GrammarError("bad"), 2),
+        (userswap.UnsupportedError("bad"), 3),
+    ],
+)
+def test_errors_are_one_line_and_a_code(
+    error: Exception, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(arguments: argparse.Namespace) -> int:
+        raise error
+
+    assert cli.run(parsed(fail)) == code
+    assert capsys.readouterr().err == "userswap: bad\n"
+
+
+def test_our_own_mistakes_keep_their_traceback() -> None:
+    def fail(arguments: argparse.Namespace) -> int:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        cli.run(parsed(fail))
+
+
+def test_interrupts_are_130(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(arguments: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    assert cli.run(parsed(interrupted)) == 130
+    assert capsys.readouterr().err == "userswap: interrupted\n"
+
+
+def test_sigterm_is_143_after_clean_up() -> None:
+    cleaned = []
+
+    def terminated(arguments: argparse.Namespace) -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            cleaned.append(True)
+        return 0
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.run(parsed(terminated)) == 143
+    assert cleaned == [True]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stdout:
+        child = subprocess.run(
+            [*COMMAND, "doctor"], stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert child.returncode == 141
+    assert child.stderr == ""
+
+
+def test_the_console_script_is_the_same_command() -> None:
+    script = Path(sys.executable).with_name("userswap")
+    if not script.exists():
+        script = Path(sys.prefix, "bin", "userswap")
+    child = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=60)
+    assert child.stdout == f"userswap {userswap.__version__}\n"
