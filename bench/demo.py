@@ -21,6 +21,8 @@ from userswap.backends import grammar
 from userswap.bench import corpus
 from userswap.bench.progress import Progress
 from userswap.engine import machine, probe
+from userswap.engine.errors import ConfigError, UnsupportedError
+from userswap.engine.stats import Latency, RegionStats
 
 SCHEMA = "userswap.demo/1"
 PAGE = probe.PAGE_SIZE
@@ -38,7 +40,7 @@ class PagedRegion(Protocol):
 
     @property
     def memory(self) -> memoryview: ...
-    def stats(self) -> userswap.RegionStats: ...
+    def stats(self) -> RegionStats: ...
 
 
 OpenRegion = Callable[..., AbstractContextManager[PagedRegion]]
@@ -72,8 +74,8 @@ class Outcome:
     phases: list[Phase] = field(default_factory=list)
     pages: int = 0
     lost: int = 0
-    files_stats: userswap.RegionStats | None = None
-    sort_stats: userswap.RegionStats | None = None
+    files_stats: RegionStats | None = None
+    sort_stats: RegionStats | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -123,7 +125,7 @@ def make_plan(size: str, resident: str, store: str, seed: int, roots: list[Path]
     """Raises UnsupportedError where the kernel refuses all service."""
     service = probe.service_level(probe.gather())
     if service.level == "none":
-        raise userswap.UnsupportedError(f"{service.reason}; {service.remedy}")
+        raise UnsupportedError(f"{service.reason}; {service.remedy}")
     notes = []
     if service.level == "user_mode_only":
         notes.append(f"serving user-mode faults only: {service.reason}; {service.remedy}")
@@ -135,7 +137,7 @@ def make_plan(size: str, resident: str, store: str, seed: int, roots: list[Path]
     candidates = corpus.choose(roots, capacity)
     found = sum(candidate.length for candidate in candidates)
     if not candidates:
-        raise userswap.ConfigError(f"no file fits into {grammar.format_size(capacity)}")
+        raise ConfigError(f"no file fits into {grammar.format_size(capacity)}")
     if found < 0.99 * capacity:
         notes.append(f"this machine has {grammar.format_size(found)} of files to show")
     rounded = -(-found // PAGE) * PAGE
@@ -283,12 +285,10 @@ def _ascending(array: Any, steps: list[tuple[int, int]]) -> bool:
     )
 
 
-def held(stats: userswap.RegionStats) -> dict[str, int]:
-    """Everything that userswap keeps in memory for a region."""
+def held(stats: RegionStats) -> dict[str, int]:
+    """Everything that is kept in memory for a region; pages in staging count as resident."""
     return {
         "resident": stats.resident_bytes,
-        "staging": stats.staging_bytes,
-        "kept": stats.kept_bytes,
         "pool": stats.pool_bytes,
         "tables": stats.table_bytes,
         "pager": stats.pager_rss_bytes,
@@ -344,14 +344,14 @@ def as_text(plan: Plan, outcome: Outcome) -> str:
     return "\n".join([*(f"{name:{width}}  {value}" for name, value in rows), outcome.verdict])
 
 
-def _memory_rows(size: int, stats: userswap.RegionStats) -> list[tuple[str, str]]:
+def _memory_rows(size: int, stats: RegionStats) -> list[tuple[str, str]]:
     used = held(stats)
     total = sum(used.values())
     parts = " + ".join(f"{name} {grammar.format_size(part)}" for name, part in used.items() if part)
     saved = f"{grammar.format_size(size - total)} of {grammar.format_size(size)}"
-    rows = [(f"{name} fault", _latency(quantiles)) for name, quantiles in stats.latency_us.items()]
+    served = {"native faults": stats.native_latency, "awaited faults": stats.awaited_latency}
     return [
-        *((name, value) for name, value in rows if value),
+        *((name, _latency(latency)) for name, latency in served.items() if latency.count),
         ("compression", f"{stats.ratio:.2f} : 1"),
         ("memory held", f"{grammar.format_size(total)} = {parts}"),
         ("memory saved", f"{saved} ({100 * (size - total) / size:.0f} %)"),
@@ -359,8 +359,5 @@ def _memory_rows(size: int, stats: userswap.RegionStats) -> list[tuple[str, str]
     ]
 
 
-def _latency(quantiles: dict[str, float]) -> str:
-    """Empty where no fault went that way."""
-    if not quantiles.get("max"):
-        return ""
-    return f"p50 {quantiles['p50']:.1f} us, p99 {quantiles['p99']:.1f} us"
+def _latency(latency: Latency) -> str:
+    return f"{latency.count} served: p50 {latency.p50_us:.1f} us, p99 {latency.p99_us:.1f} us"

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import userswap
+from userswap.engine.errors import ConfigError, UnsupportedError, UserswapError
 
 USAGE_ERROR = 2
 UNSUPPORTED = 3
@@ -144,11 +145,11 @@ def exit_code(error: Exception) -> int | None:
     """The exit code for an error that is the user's or the machine's; None for our own mistakes."""
     from userswap.backends.grammar import GrammarError
 
-    if isinstance(error, GrammarError | userswap.ConfigError):
+    if isinstance(error, GrammarError | ConfigError):
         return USAGE_ERROR
-    if isinstance(error, userswap.UnsupportedError):
+    if isinstance(error, UnsupportedError):
         return UNSUPPORTED
-    return 1 if isinstance(error, userswap.UserswapError) else None
+    return 1 if isinstance(error, UserswapError) else None
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:

@@ -13,6 +13,7 @@ import pytest
 import userswap
 from userswap.backends.grammar import GrammarError
 from userswap.engine import cli
+from userswap.engine.errors import ConfigError, UnsupportedError, UserswapError
 
 COMMAND = [sys.executable, "-m", "userswap"]
 
@@ -71,10 +72,10 @@ def parsed(run: object) -> argparse.Namespace:
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (userswap.UserswapError("bad"), 1),
-        (userswap.ConfigError("bad"), 2),
+        (UserswapError("bad"), 1),
+        (ConfigError("bad"), 2),
         (GrammarError("bad"), 2),
-        (userswap.UnsupportedError("bad"), 3),
+        (UnsupportedError("bad"), 3),
     ],
 )
 def test_errors_are_one_line_and_a_code(
