@@ -14,6 +14,7 @@ import importlib
 import os
 import signal
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -27,6 +28,7 @@ UNSUPPORTED = 3
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 PIPE_CLOSED = 128 + signal.SIGPIPE
+HELP_COLUMNS = 79
 
 EPILOG = """\
 examples:
@@ -112,6 +114,7 @@ def _add(commands: Any, command: Command, wanted: bool) -> None:
     if wanted:
         module = importlib.import_module(command.module)
         module.add_arguments(parser)
+        parser.description = textwrap.fill(parser.description or "", HELP_COLUMNS)
         parser.set_defaults(run=module.run)
 
 

@@ -269,3 +269,39 @@ def test_another_user_is_told_what_to_do() -> None:
     else:
         assert child.returncode == 1
         assert "setfacl -m u:65534:rw" in ordinary
+
+
+FILTERED = """
+import ctypes, os, platform, struct, sys
+from userswap.engine.cli import main
+
+main(["doctor"])  # imports everything before the rights are given up
+if sys.argv[1] == "nobody":
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+userfaultfd = {"x86_64": 323, "aarch64": 282}[platform.machine()]
+load, equal, answer = 0x20, 0x15, 0x06
+deny, allow = 0x00050001, 0x7FFF0000
+steps = [(load, 0, 0, 0), (equal, 0, 1, userfaultfd), (answer, 0, 0, deny), (answer, 0, 0, allow)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(steps), ctypes.addressof(code)))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0, "PR_SET_NO_NEW_PRIVS"
+assert libc.prctl(22, 2, program) == 0, "PR_SET_SECCOMP"
+sys.exit(main(["doctor", "--problems"]))
+"""
+
+
+@pytest.mark.privileged
+def test_a_real_filter_is_recognised_and_the_device_gets_past_it() -> None:
+    child = run_child(FILTERED, args=["root"])
+    assert child.returncode == 0, child.stdout + child.stderr
+    assert "full service (/dev/userfaultfd opens)" in child.stdout.rpartition("result: ")[2]
+
+
+@pytest.mark.privileged
+def test_a_real_filter_leaves_an_ordinary_user_without_service() -> None:
+    child = run_child(FILTERED, args=["nobody"])
+    assert child.returncode == 3, child.stdout + child.stderr
+    result = " ".join(child.stdout.rpartition("result: ")[2].split())
+    assert "no service (a seccomp filter refuses userfaultfd(2))" in result
+    assert "remedy:" in result
