@@ -263,7 +263,7 @@ def _raise_rights(facts: Facts) -> str:
     if facts.device == errno.EACCES:
         ways.append(f"setfacl -m u:{facts.user}:rw {DEVICE}")
     ways.append("sysctl vm.unprivileged_userfaultfd=1")
-    return f"as root: {', or '.join(ways)}; without: Region(user_mode_only=True)"
+    return f"as root: {', or '.join(ways)}"
 
 
 def _lift_filter(facts: Facts) -> str:
