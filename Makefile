@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORE := native/_core.abi3.so
 C_FILES := $(wildcard native/*.[ch] native/cdef/*.h)
-WARNINGS := -std=gnu11 -O2 -Wall -Wextra -Werror
+WARNINGS := -std=gnu11 -D_GNU_SOURCE= -O2 -Wall -Wextra -Werror
 
 .PHONY: help build demo test check debug bench clean
 .DEFAULT_GOAL := help

@@ -21,7 +21,7 @@ from setuptools.command.editable_wheel import editable_wheel
 NATIVE = Path("native")
 SUBPACKAGES = ("engine", "backends", "native", "bench")
 WARNINGS = ["-Wall", "-Wextra"]
-FLAGS = ["-std=gnu11", "-g", "-fvisibility=hidden", "-pthread", *WARNINGS]
+FLAGS = ["-std=gnu11", "-D_GNU_SOURCE=", "-g", "-fvisibility=hidden", "-pthread", *WARNINGS]
 # What cffi writes is not ours to tidy.
 WRAPPER_PRAGMAS = [
     '#pragma GCC diagnostic ignored "-Wunused-parameter"',
