@@ -1,0 +1,201 @@
+"""The asyncio half of the fault path: awaits the store for pages that are not in memory.
+
+The native fault server (or, with fault_path="asyncio", this loop itself) turns faults into misses;
+each miss is a run of pages in FILLING that carry its ticket. It ends in `us_fill_done` or
+`us_fill_failed`, always: a miss that were dropped would leave a thread asleep for ever. Each miss
+is awaited on its own, so that no fault waits for another page's I/O.
+
+Must not know: which store it is, clients' sockets, policies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+from userswap.backends.store import PageLostError, Run, Store, StoreError, TransientError
+from userswap.native import ffi, lib
+
+log = logging.getLogger("userswap.pager")
+
+PAGE = 4096
+MISSES_PER_DRAIN = 256
+RUN_PAGES_MAX = 32
+RETRY_FIRST_S = 0.001
+RETRY_MAX_S = 1.0
+WAIT_LIMIT_S = 5.0
+SERVE_ROUNDS = 64
+"""Reads of the userfaultfd in one turn of the loop: then signals and timers have theirs."""
+
+
+def start(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Start a task, at once where Python can (3.12): a store in memory then needs no loop turn."""
+    loop = asyncio.get_running_loop()
+    try:
+        return asyncio.Task(coroutine, loop=loop, eager_start=True)
+    except TypeError:
+        return loop.create_task(coroutine)
+
+
+class Served:
+    """What the loop needs to know of an open region."""
+
+    def __init__(self, handle: Any, name: str, url: str, store: Store, base: int) -> None:
+        self.handle = handle
+        self.name = name
+        self.url = url
+        self.store = store
+        self.base = base
+        """The store's index of the region's first page."""
+        self.pending = 0
+        """Store operations under way."""
+
+
+class FaultLoop:
+    """Serves one client's misses."""
+
+    def __init__(self, client: Any, *, every_fault: bool, uffd: int) -> None:
+        self.client = client
+        self.regions: dict[int, Served] = {}
+        """By the address of the native region, as misses name it."""
+        self._every_fault = every_fault
+        self._uffd = uffd
+        self._misses = ffi.new("struct us_miss[]", MISSES_PER_DRAIN)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._waiting: dict[int, tuple[float, Served]] = {}
+        self._told: set[int] = set()
+        self._buffers: list[Any] = []
+
+    def attach(self) -> None:
+        """Watch the userfaultfd, where every fault comes through here."""
+        if self._every_fault:
+            asyncio.get_running_loop().add_reader(self._uffd, self.serve)
+
+    def detach(self) -> None:
+        if self._every_fault:
+            asyncio.get_running_loop().remove_reader(self._uffd)
+
+    def serve(self) -> None:
+        """Answer what can be answered from memory; the rest become misses."""
+        if lib.us_serve(self.client, SERVE_ROUNDS) >= 0:
+            self.drain()
+
+    def drain(self) -> None:
+        """Start a fill for each miss that is there, demand before readahead."""
+        while True:
+            count = lib.us_take_misses(self.client, self._misses, MISSES_PER_DRAIN)
+            taken = [self._misses[i] for i in range(count)]
+            for miss in sorted(taken, key=lambda miss: bool(miss.ahead)):
+                copy = ffi.new("struct us_miss *", miss)
+                region = self.regions[int(ffi.cast("uintptr_t", miss.region))]
+                region.pending += 1
+                self._keep(start(self._fill(region, copy)))
+            if count < MISSES_PER_DRAIN:
+                return
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        if not task.done():
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _fill(self, region: Served, miss: Any) -> None:
+        ticket = int(miss.ticket)
+        buffer = self._buffers.pop() if self._buffers else ffi.new(f"uint8_t[{RUN_PAGES_MAX * PAGE}]")
+        try:
+            if not miss.ahead:
+                self._waiting[ticket] = (time.monotonic(), region)
+            if await self._read(region, miss, buffer):
+                await self._install(region, miss, buffer)
+            elif miss.count == 1:
+                lib.us_fill_failed(region.handle, miss, 1)
+            else:
+                await self._fill_singly(region, miss, buffer)
+        finally:
+            self._waiting.pop(ticket, None)
+            self._told.discard(ticket)
+            self._buffers.append(buffer)
+            region.pending -= 1
+
+    async def _read(self, region: Served, miss: Any, buffer: Any) -> bool:
+        """Read the miss's run; False when a page of it is lost. Transient errors are waited out."""
+        view = memoryview(ffi.buffer(buffer, miss.count * PAGE)).cast("B")
+        delay = RETRY_FIRST_S
+        while True:
+            try:
+                await region.store.read([Run(region.base + miss.first, view)])
+                return True
+            except TransientError as error:
+                log.warning("%s: read of page %d: %s; again", region.name, miss.first, error)
+            except PageLostError as error:
+                log.error("%s: page %d is lost: %s", region.name, miss.first, error)
+                return False
+            except StoreError as error:
+                log.error("%s: page %d cannot be read: %s", region.name, miss.first, error)
+                return False
+            except Exception:
+                log.exception("%s: the store %s broke its contract", region.name, region.url)
+                return False
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, RETRY_MAX_S)
+
+    async def _fill_singly(self, region: Served, miss: Any, buffer: Any) -> None:
+        """A run that failed is read page by page: one bad page takes no neighbour along."""
+        for offset in range(miss.count):
+            single = ffi.new("struct us_miss *", miss[0])
+            single.first, single.count = miss.first + offset, 1
+            if await self._read(region, single, buffer):
+                await self._install(region, single, buffer)
+            else:
+                lib.us_fill_failed(region.handle, single, 1)
+
+    async def _install(self, region: Served, miss: Any, buffer: Any) -> None:
+        void = ffi.new("uint64_t *")
+        lib.us_fill_done(region.handle, miss, buffer, void)
+        if void[0]:
+            await discard_marked(region, miss.first, void[0])
+
+    def look_for_waiting(self) -> None:
+        """Once a second: have the agent tell of a fault that waits too long."""
+        now = time.monotonic()
+        for ticket, (since, region) in self._waiting.items():
+            if now - since > WAIT_LIMIT_S and ticket not in self._told:
+                self._told.add(ticket)
+                self.say(
+                    f"region {region.name!r} waits for its store {region.url}; look at the store, "
+                    "or end this process"
+                )
+
+    def say(self, text: str) -> None:
+        lib.us_client_say(self.client, text.encode(), 1)
+
+    async def cancel(self) -> None:
+        """The client is gone: nobody waits any more."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+async def discard_marked(region: Served, first: int, marked: int) -> None:
+    """Discard from the store the pages whose bits are set, which are BUSY until that has ended."""
+    try:
+        offset = 0
+        while marked >> offset:
+            if not marked >> offset & 1:
+                offset += 1
+                continue
+            count = 1
+            while marked >> (offset + count) & 1:
+                count += 1
+            await region.store.discard(region.base + first + offset, count)
+            offset += count
+    except StoreError as error:
+        log.warning("%s: discard in the store failed: %s", region.name, error)
+    finally:
+        lib.us_discard_end(region.handle, first, marked)

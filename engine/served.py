@@ -1,0 +1,317 @@
+"""One client as the pager serves it: its operations, each a request of the control connection.
+
+Every operation checks what it is given: a client's numbers are a stranger's. Long ones poll the
+native core, which never waits for a client.
+
+Must not know: sockets, how a client came here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+from typing import Any
+
+from userswap.backends.grammar import GrammarError
+from userswap.backends.registry import open_stack
+from userswap.backends.store import Store, StoreError
+from userswap.engine.errors import ConfigError, UserswapError
+from userswap.engine.evictor import Evictor
+from userswap.engine.fault_loop import FaultLoop, Served, discard_marked
+from userswap.engine.page_table import Extents, State
+from userswap.native import check, ffi, lib
+
+log = logging.getLogger("userswap.pager")
+
+PAGE = 4096
+POLL_FIRST_S = 0.0001
+POLL_MAX_S = 0.005
+CHUNK = 64
+PREFETCH_TRIES = 200
+COUNTS = ("zero", "load", "awaited", "rescue", "protect", "spurious", "forgotten", "parked")
+
+
+class OpenRegion(Served):
+    """A region with what only the operations need."""
+
+    def __init__(
+        self, handle: Any, name: str, url: str, store: Store, *, pages: int, base: int, pool: Any
+    ) -> None:
+        super().__init__(handle, name, url, store, 0)
+        self.pages = pages
+        self.table_base = base
+        self.pool = pool
+
+
+class ClientService:
+    """The operations of one client."""
+
+    def __init__(self, uffd: int, hello: dict[str, Any]) -> None:
+        self.uffd = uffd
+        self.fault_path = str(hello["fault_path"])
+        self.pid = int(hello["pid"])
+        out = ffi.new("struct us_client **")
+        features, canary = int(hello["features"]), int(hello["canary"])
+        check(lib.us_client_create(out, uffd, self.pid, features, 0, canary))
+        self.native = out[0]
+        self.placement = int(hello["placement"])
+        self.loop = FaultLoop(self.native, every_fault=self.fault_path == "asyncio", uffd=uffd)
+        self.evictor = Evictor(self.native, self.loop)
+        self.regions: dict[int, OpenRegion] = {}
+        self._extents = Extents()
+        self._pools: dict[str, tuple[Store, int]] = {}
+        """Stores with a native pool, shared by this client's regions: url -> (store, users)."""
+        self._last_region = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def descriptors(self) -> list[int]:
+        """What the client keeps copies of: table, channel, orders, results."""
+        return [lib.us_client_descriptors(self.native, which) for which in range(4)]
+
+    def start(self, staging: int) -> None:
+        """The client's agent runs: serve."""
+        lib.us_client_set_staging(self.native, staging)
+        check(lib.us_client_start(self.native, self.fault_path == "native", self.placement))
+        self.loop.attach()
+        wake = lib.us_client_descriptors(self.native, 4)
+        asyncio.get_running_loop().add_reader(wake, self._woken, wake)
+        self._tick()
+
+    def _woken(self, wake: int) -> None:
+        os.eventfd_read(wake)
+        self.loop.drain()
+        self.evictor.drain()
+
+    def _tick(self) -> None:
+        self.loop.look_for_waiting()
+        self._timer = asyncio.get_running_loop().call_later(1.0, self._tick)
+
+    async def open(self, request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+        """Open a region; the answer brings the pool's descriptor, for a later take-over."""
+        start, pages, limit = (int(request[key]) for key in ("start", "pages", "limit"))
+        url = str(request["store"])
+        if pages <= 0 or start <= 0 or start % PAGE or limit < PAGE:
+            raise ConfigError(f"a region of {pages} pages at {start:#x} with {limit} bytes")
+        store = await self._open_store(url, pages)
+        try:
+            base = self._extents.allocate(pages)
+        except MemoryError:
+            await self._close_store(url, store)
+            raise ConfigError("this process has no room for more regions (16 TiB)") from None
+        pool = store.native.pool if store.native else ffi.NULL
+        out = ffi.new("struct us_region **")
+        grow, readahead = bool(request["grow"]), bool(request["readahead"])
+        try:
+            check(
+                lib.us_region_open(self.native, start, pages, base, limit, pool, grow, readahead, out)
+            )
+        except OSError:
+            self._extents.release(base, pages)
+            await self._close_store(url, store)
+            raise
+        self._last_region += 1
+        name = str(request.get("name") or f"region-{self._last_region}")
+        region = OpenRegion(out[0], name, url, store, pages=pages, base=base, pool=pool)
+        self.regions[self._last_region] = region
+        self.loop.regions[int(ffi.cast("uintptr_t", out[0]))] = region
+        descriptors = [store.native.fd] if store.native else []
+        return {"region": self._last_region, "name": name}, descriptors
+
+    async def _open_store(self, url: str, pages: int) -> Store:
+        if url in self._pools:
+            store, users = self._pools[url]
+            self._pools[url] = (store, users + 1)
+            return store
+        try:
+            store = await open_stack(url, pages)
+        except (GrammarError, StoreError) as error:
+            raise ConfigError(f"store {url!r}: {error}") from None
+        except OSError as error:
+            raise UserswapError(f"store {url!r}: {error}") from None
+        if store.native is not None:
+            lib.us_client_own_pool(self.native, store.native.pool)
+            self._pools[url] = (store, 1)
+        return store
+
+    async def _close_store(self, url: str, store: Store) -> None:
+        if url in self._pools:
+            users = self._pools[url][1] - 1
+            if users:
+                self._pools[url] = (store, users)
+                return
+            del self._pools[url]
+        try:
+            await store.aclose()
+        except StoreError as error:
+            log.warning("store %s: %s", url, error)
+
+    def region(self, request: dict[str, Any]) -> OpenRegion:
+        """The region that a request names."""
+        try:
+            return self.regions[int(request["region"])]
+        except (KeyError, ValueError, TypeError):
+            raise ConfigError(f"no region {request.get('region')!r}") from None
+
+    async def quiesce(self, region: OpenRegion) -> None:
+        """Stop eviction and readahead; return when nothing of the region is under way."""
+        delay = POLL_FIRST_S
+        while lib.us_region_quiesce(region.handle) or region.pending:
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, POLL_MAX_S)
+
+    async def close(self, number: int, *, unmapped: bool) -> None:
+        """Forget a region that is quiet."""
+        region = self.regions[number]
+        await self.quiesce(region)
+        check(lib.us_region_close(region.handle, unmapped))
+        del self.regions[number]
+        del self.loop.regions[int(ffi.cast("uintptr_t", region.handle))]
+        self._extents.release(region.table_base, region.pages)
+        await self._close_store(region.url, region.store)
+
+    async def discard(self, region: OpenRegion, first: int, count: int) -> None:
+        """Make a range ZERO, in memory and then in the store."""
+        if first < 0 or count < 0 or first + count > region.pages:
+            raise ConfigError(f"pages {first}+{count} are outside the region's {region.pages}")
+        delay = POLL_FIRST_S
+        while lib.us_region_discard(region.handle, first, count) != 0:
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, POLL_MAX_S)
+        if region.pool:
+            return
+        for start in range(first, first + count, CHUNK):
+            size = min(CHUNK, first + count - start)
+            marked = lib.us_discard_begin(region.handle, start, size)
+            if marked:
+                await discard_marked(region, start, marked)
+
+    async def prefetch(self, region: OpenRegion, first: int, count: int) -> int:
+        """Bring pages in while there is room; returns the pages dealt with."""
+        if first < 0 or count < 0 or first + count > region.pages:
+            raise ConfigError(f"pages {first}+{count} are outside the region's {region.pages}")
+        report = ffi.new("struct us_report *")
+        lib.us_region_report(region.handle, report)
+        count = min(count, report.limit // PAGE * 3 // 4)  # more would evict what it brought
+        done, tries = 0, 0
+        while done < count and tries < PREFETCH_TRIES:
+            step = lib.us_region_prefetch(region.handle, first + done, min(CHUNK, count - done))
+            done += step
+            tries = 0 if step else tries + 1
+            self.loop.drain()
+            await asyncio.sleep(0 if step else POLL_MAX_S)
+        while region.pending:
+            await asyncio.sleep(POLL_FIRST_S)
+        return done
+
+    async def flush(self, region: OpenRegion) -> None:
+        """Wait for the writes under way, then for the store."""
+        states = ffi.new("uint64_t[]", len(State))
+        while True:
+            lib.us_region_census(region.handle, states)
+            if not (states[State.MOVING] or states[State.LEAVING]):
+                break
+            await asyncio.sleep(POLL_MAX_S)
+        await region.store.flush()
+
+    def stats(self, region: OpenRegion) -> dict[str, Any]:
+        """The fields of RegionStats."""
+        report = ffi.new("struct us_report *")
+        lib.us_region_report(region.handle, report)
+        states = ffi.new("uint64_t[]", len(State))
+        lib.us_region_census(region.handle, states)
+        table = os.fstat(lib.us_client_descriptors(self.native, 0)).st_blocks * 512
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return {
+            "name": region.name,
+            "store": region.url,
+            "size": region.pages * PAGE,
+            "resident_limit": report.limit,
+            "resident_bytes": report.charged - report.kept,
+            "staging_bytes": report.leaving,
+            "kept_bytes": report.kept,
+            "pages": {state.name: states[state] for state in State},
+            "faults": {name: getattr(report, name) for name in COUNTS},
+            "faults_native": sum(getattr(report, n) for n in COUNTS if n not in ("awaited", "forgotten", "parked")),
+            "faults_awaited": report.awaited,
+            "readahead_pages": report.ahead,
+            "evicted_pages": report.moved,
+            "dropped_pages": report.dropped,
+            "refused_pages": report.refused,
+            "put_back_pages": report.put_back,
+            "over_budget_pages": report.over_budget,
+            "lost_pages": report.lost,
+            "vanished_pages": report.vanished,
+            "store_full": bool(report.is_full),
+            "agent_late": bool(report.agent_late),
+            "native_latency": self._latency(region, awaited=False),
+            "awaited_latency": self._latency(region, awaited=True),
+            **_pool_stats(region.pool),
+            "table_bytes": table,
+            "pager_pid": os.getpid(),
+            "pager_cpu_seconds": usage.ru_utime + usage.ru_stime,
+            "pager_rss_bytes": own_memory(),
+            "fault_path": self.fault_path,
+            "cpu": report.cpu,
+        }
+
+    def _latency(self, region: OpenRegion, *, awaited: bool) -> dict[str, float]:
+        def at(fraction: float) -> float:
+            return float(lib.us_region_latency(region.handle, awaited, fraction)) / 1000
+
+        return {
+            "count": lib.us_region_latency_count(region.handle, awaited),
+            "p50_us": at(0.5),
+            "p90_us": at(0.9),
+            "p99_us": at(0.99),
+            "p999_us": at(0.999),
+            "max_us": at(1.0),
+        }
+
+    def quiet(self) -> None:
+        """The client ends: no more orders. Its faults are still answered."""
+        lib.us_client_quiet(self.native)
+
+    async def end(self) -> None:
+        """The client is gone: free everything that was its own."""
+        if self._timer is not None:
+            self._timer.cancel()
+        asyncio.get_running_loop().remove_reader(lib.us_client_descriptors(self.native, 4))
+        self.loop.detach()
+        await self.loop.cancel()
+        await self.evictor.cancel()
+        lib.us_client_stop(self.native)
+        for url, store in {region.url: region.store for region in self.regions.values()}.items():
+            self._pools.pop(url, None)
+            await store.aclose()
+        os.close(self.uffd)
+
+
+def _pool_stats(pool: Any) -> dict[str, Any]:
+    if pool == ffi.NULL:
+        return {
+            "pool_bytes": 0,
+            "pool_payload_bytes": 0,
+            "pool_object_bytes": 0,
+            "pool_pages": 0,
+            "pool_locked": False,
+        }
+    stats = ffi.new("struct us_pool_stats *")
+    lib.us_pool_stats(pool, stats)
+    return {
+        "pool_bytes": stats.file_bytes,
+        "pool_payload_bytes": stats.payload_bytes,
+        "pool_object_bytes": stats.object_bytes,
+        "pool_pages": stats.objects,
+        "pool_locked": bool(stats.locked),
+    }
+
+
+def own_memory() -> int:
+    """Bytes of this process's memory that nobody else has: pool, table and channel left out."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return 0

@@ -1,0 +1,209 @@
+/* A client as the pager sees it: its descriptors, table, channel and threads. */
+#define _GNU_SOURCE
+#include "pager.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+uint64_t us_now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (uint64_t)time.tv_sec * 1000000000ull + (uint64_t)time.tv_nsec;
+}
+
+static void signal_fd(int fd) {
+    uint64_t one = 1;
+    ssize_t ignored = write(fd, &one, sizeof one);
+    (void)ignored;
+}
+
+void us_kick_worker(struct us_client *client) {
+    if (atomic_load(&client->worker_asleep) && atomic_exchange(&client->worker_asleep, 0))
+        signal_fd(client->done_fd);
+}
+
+void us_tell_loop(struct us_client *client) {
+    if (!atomic_exchange(&client->loop_told, 1))
+        signal_fd(client->loop_fd);
+}
+
+/* What the agent should tell the user about; `waiting` makes it say so now. */
+void us_client_say(struct us_client *client, const char *text, int waiting) {
+    struct us_channel *channel = client->channel;
+    size_t length = strlen(text);
+    if (length >= US_TEXT)
+        length = US_TEXT - 1;
+    memcpy(channel->text, text, length);
+    channel->text[length] = 0;
+    if (waiting)
+        atomic_fetch_add(&channel->text_version, 1);
+}
+
+int us_put_miss(struct us_client *client, const struct us_miss *miss) {
+    pthread_mutex_lock(&client->miss_lock);
+    bool room = client->miss_head - client->miss_tail < US_MISSES;
+    if (room)
+        client->miss[client->miss_head++ % US_MISSES] = *miss;
+    pthread_mutex_unlock(&client->miss_lock);
+    us_tell_loop(client);
+    return room ? 0 : -ENOSPC;
+}
+
+/* The asyncio loop takes what the fault server could not answer. */
+int us_take_misses(struct us_client *client, struct us_miss *out, int most) {
+    int n = 0;
+    atomic_store(&client->loop_told, 0);
+    pthread_mutex_lock(&client->miss_lock);
+    while (n < most && client->miss_tail != client->miss_head)
+        out[n++] = client->miss[client->miss_tail++ % US_MISSES];
+    pthread_mutex_unlock(&client->miss_lock);
+    return n;
+}
+
+static int make_memfd(const char *name, uint64_t bytes, void **mapped) {
+    int fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0)
+        return -errno;
+    int rc = ftruncate(fd, (off_t)bytes) ? -errno : 0;
+    if (rc == 0 && fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
+        rc = -errno;
+    void *at = rc ? MAP_FAILED : mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+    if (at == MAP_FAILED) {
+        rc = rc ? rc : -errno;
+        close(fd);
+        return rc;
+    }
+    *mapped = at;
+    return fd;
+}
+
+int us_client_create(struct us_client **out, int uffd, int pid, uint64_t features, int copy_out, uint32_t canary) {
+    struct us_client *client = calloc(1, sizeof *client);
+    if (!client)
+        return -ENOMEM;
+    client->uffd = uffd;
+    client->pid = pid;
+    client->features = features;
+    client->copy_out = copy_out != 0;
+    client->canary = canary;
+    client->server_cpu = -1;
+    void *table = NULL, *channel = NULL;
+    client->table_fd = make_memfd("userswap-table", US_TABLE_SLOTS * sizeof(us_word), &table);
+    client->channel_fd = make_memfd("userswap-channel", US_CHANNEL_TOTAL, &channel);
+    client->order_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    client->done_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    client->loop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    client->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    client->miss = calloc(US_MISSES, sizeof *client->miss);
+    client->table = table;
+    client->channel = channel;
+    pthread_rwlockattr_t attributes;
+    pthread_rwlockattr_init(&attributes);
+    pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+    pthread_rwlock_init(&client->map_lock, &attributes);
+    pthread_rwlockattr_destroy(&attributes);
+    pthread_mutex_init(&client->batch_lock, NULL);
+    pthread_mutex_init(&client->miss_lock, NULL);
+    if (client->table_fd < 0 || client->channel_fd < 0 || client->order_fd < 0 || client->done_fd < 0 || client->loop_fd < 0 ||
+        client->stop_fd < 0 || !client->miss) {
+        int rc = client->table_fd < 0 ? client->table_fd : client->channel_fd < 0 ? client->channel_fd : -EMFILE;
+        us_client_destroy(client);
+        return rc;
+    }
+    client->channel->magic = US_CHANNEL_MAGIC;
+    atomic_store(&client->channel->agent_cpu, -1);
+    for (uint32_t i = 0; i < US_BATCHES; i++)
+        client->batch[i].buffer = (uint8_t *)channel + US_CHANNEL_BYTES + (uint64_t)i * US_BATCH_PAGES * US_PAGE;
+    *out = client;
+    return 0;
+}
+
+int us_client_descriptors(const struct us_client *client, int which) {
+    const int descriptor[] = {client->table_fd, client->channel_fd, client->order_fd, client->done_fd, client->loop_fd};
+    return which >= 0 && which < 5 ? descriptor[which] : -EINVAL;
+}
+
+void us_client_set_staging(struct us_client *client, uint64_t address) { client->staging = address; }
+
+static int start_thread(pthread_t *thread, void *(*body)(void *), struct us_client *client) {
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for the main thread's loop */
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, 512 * 1024);
+    int rc = -pthread_create(thread, &attributes, body, client);
+    pthread_attr_destroy(&attributes);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return rc;
+}
+
+int us_client_start(struct us_client *client, int native_server, int placement) {
+    client->placement = placement;
+    int rc = start_thread(&client->worker, us_worker_main, client);
+    if (rc)
+        return rc;
+    client->worker_runs = true;
+    if (native_server) {
+        client->server_runs = true;
+        rc = start_thread(&client->server, us_server_main, client);
+        if (rc)
+            client->server_runs = false;
+    }
+    return rc;
+}
+
+/* Ends the threads.  Regions stay as they are: nobody answers their faults any more. */
+void us_client_stop(struct us_client *client) {
+    atomic_store(&client->stop, true);
+    signal_fd(client->stop_fd);
+    signal_fd(client->done_fd);
+    if (client->server_runs)
+        pthread_join(client->server, NULL);
+    if (client->worker_runs)
+        pthread_join(client->worker, NULL);
+    client->server_runs = client->worker_runs = false;
+}
+
+/* After us_client_stop and the close of every region. */
+void us_client_destroy(struct us_client *client) {
+    if (client->table)
+        munmap(client->table, US_TABLE_SLOTS * sizeof(us_word));
+    if (client->channel)
+        munmap(client->channel, US_CHANNEL_TOTAL);
+    const int descriptor[] = {client->table_fd, client->channel_fd, client->order_fd,
+                              client->done_fd,  client->loop_fd,    client->stop_fd};
+    for (unsigned i = 0; i < sizeof descriptor / sizeof *descriptor; i++)
+        if (descriptor[i] >= 0)
+            close(descriptor[i]);
+    free(client->miss);
+    free(client->region);
+    pthread_rwlock_destroy(&client->map_lock);
+    pthread_mutex_destroy(&client->batch_lock);
+    pthread_mutex_destroy(&client->miss_lock);
+    free(client);
+}
+
+/* The client is about to end: no eviction any more, so that no order is carried out on memory that is being torn down. */
+void us_client_quiet(struct us_client *client) { atomic_store(&client->quiet, true); }
+
+/* A pool moves an object by swapping the one reference to it: the page's word, while that is neither being read nor written. */
+static int relocate(void *owner, uint64_t slot, uint64_t from, uint64_t to) {
+    struct us_client *client = owner;
+    if (slot >= US_TABLE_SLOTS)
+        return 0;
+    us_word *word = &client->table[slot];
+    uint64_t seen = atomic_load(word);
+    while ((us_state_of(seen) == US_STORED || us_state_of(seen) == US_CLEAN) && us_handle_of(seen) == from)
+        if (us_word_swap(word, &seen, us_with_handle(seen, to)))
+            return 1;
+    return 0;
+}
+
+void us_client_own_pool(struct us_client *client, struct us_pool *pool) { us_pool_set_owner(pool, relocate, client); }

@@ -1,0 +1,100 @@
+/* Discard: pages of a range become ZERO, whatever they were; their generation is bumped, so that nothing older returns. */
+#define _GNU_SOURCE
+#include "pager.h"
+#include "uffd.h"
+
+/* A resident page: to be dropped in place by the agent.  Its copy, if it has one, goes now. */
+static bool drop_resident(struct us_region *region, struct us_batch *batch, uint32_t index, uint64_t seen) {
+    uint64_t copy = us_handle_of(seen);
+    uint64_t next = us_with_handle(us_with_state(us_next_generation(seen), US_DROPPING), 0) & ~US_QUEUED;
+    if (!us_word_swap(&region->word[index], &seen, next))
+        return false;
+    us_drop_copy(region, copy, true);
+    batch->index[batch->pages++] = index;
+    return true;
+}
+
+/* What is only in the store, or on its way from an awaited store: ZERO at once. */
+static bool forget_stored(struct us_region *region, uint32_t index, uint64_t seen) {
+    uint64_t handle = us_handle_of(seen), next = us_with_handle(us_with_state(us_next_generation(seen), US_ZERO), 0);
+    if (!us_word_swap(&region->word[index], &seen, next & ~US_WAITER))
+        return false;
+    if (us_state_of(seen) == US_STORED)
+        us_drop_copy(region, handle, false);
+    us_wake_page(region, index, seen);
+    return true;
+}
+
+/* True when the page is ZERO; false: it is on its way there, or passing through a state that ends by itself. */
+static bool discard_page(struct us_region *region, struct us_batch *batch, uint32_t index) {
+    us_word *word = &region->word[index];
+    uint64_t seen = atomic_load(word);
+    switch (us_state_of(seen)) {
+    case US_ZERO:
+        return true;
+    case US_STORED:
+        return forget_stored(region, index, seen);
+    case US_FILLING: /* from an awaited store, which may take long; a fill from memory ends in microseconds */
+        return !region->pool && us_handle_of(seen) && forget_stored(region, index, seen);
+    case US_CLEAN:
+    case US_DIRTY:
+    case US_POISONED:
+        if (batch && !(seen & US_BUSY)) {
+            if (us_state_of(seen) == US_POISONED)
+                us_reserve(region, 1, true); /* its room was given back; the end of the drop does so again */
+            drop_resident(region, batch, index, seen);
+        }
+        return false;
+    default:
+        return false;
+    }
+}
+
+/* One pass over a range.  Returns how many pages are not ZERO yet: call again, a little later, until none is. */
+int64_t us_region_discard(struct us_region *region, uint64_t first, uint64_t count) {
+    struct us_client *client = region->client;
+    struct us_batch *batch = NULL;
+    int64_t left = 0;
+    uint64_t end = first + count;
+    if (end > region->pages)
+        return -1;
+    for (uint64_t i = us_pages_next(region, first); i < end; i++) {
+        if (i % 512 == 0 && (i = us_pages_next(region, i)) >= end)
+            break;
+        if (!batch && !atomic_load(&client->agent_late))
+            batch = us_batch_take(client, region, US_BATCH_DISCARD);
+        left += !discard_page(region, batch, (uint32_t)i);
+        if (batch && batch->pages == US_BATCH_PAGES) {
+            atomic_fetch_add(&region->leaving, (int64_t)batch->pages * US_PAGE);
+            us_order_post(client, batch, US_ORDER_DROP);
+            batch = NULL;
+        }
+    }
+    if (batch && batch->pages) {
+        atomic_fetch_add(&region->leaving, (int64_t)batch->pages * US_PAGE);
+        us_order_post(client, batch, US_ORDER_DROP);
+    } else if (batch) {
+        us_batch_free(batch);
+    }
+    us_kick_worker(client); /* it reaps the orders */
+    return left;
+}
+
+/* For an awaited store, after the range is ZERO: mark the pages (64 at most) whose store copy may now be discarded.  BUSY keeps
+ * them from being written to the store until us_discard_end. */
+uint64_t us_discard_begin(struct us_region *region, uint64_t first, uint32_t count) {
+    uint64_t marked = 0;
+    for (uint32_t i = 0; i < count && i < 64 && first + i < region->pages; i++) {
+        us_word *word = &region->word[first + i];
+        uint64_t seen = atomic_load(word);
+        if (us_state_of(seen) == US_ZERO && !(seen & US_BUSY) && us_word_swap(word, &seen, seen | US_BUSY))
+            marked |= 1ull << i;
+    }
+    return marked;
+}
+
+void us_discard_end(struct us_region *region, uint64_t first, uint64_t pages) {
+    for (uint32_t i = 0; i < 64; i++)
+        if (pages >> i & 1)
+            us_word_clear(&region->word[first + i], US_BUSY);
+}

@@ -1,0 +1,73 @@
+/* Reading ahead: what a policy named, clipped to pages that are not resident and to the room there is. */
+#define _GNU_SOURCE
+#include "pager.h"
+
+/* Names one fill from an awaited store; fits a word's handle and is never 0. */
+uint64_t us_next_ticket(struct us_client *client) {
+    return atomic_fetch_add(&client->ticket, 1) % (US_HANDLE_SAME - 1) + 1;
+}
+
+/* Room for readahead is what is left below the eviction mark's limit; a fault that waits for room goes first. */
+static bool room_ahead(struct us_region *region) {
+    return !atomic_load(&region->parked) && us_reserve(region, 1, false);
+}
+
+/* Ask the asyncio loop for a run of stored pages that nobody waits for. */
+void us_await_ahead(struct us_region *region, uint32_t first, uint32_t count, uint64_t now) {
+    struct us_client *client = region->client;
+    struct us_miss miss = {.region = region, .ticket = us_next_ticket(client), .time_ns = now, .first = first, .ahead = 1};
+    if (count > US_RUN_MAX)
+        count = US_RUN_MAX;
+    while (miss.count < count && first + miss.count < region->pages) {
+        us_word *word = &region->word[first + miss.count];
+        uint64_t seen = atomic_load(word);
+        if (us_state_of(seen) != US_STORED || (seen & US_BUSY) || !room_ahead(region))
+            break;
+        uint64_t filling = us_with_handle(us_with_state(seen, US_FILLING), miss.ticket) | US_BUSY | US_AHEAD;
+        if (!us_word_swap(word, &seen, filling)) {
+            us_release(region, US_PAGE);
+            break;
+        }
+        miss.count++;
+    }
+    if (!miss.count)
+        return;
+    us_count(&region->count.ahead, miss.count);
+    if (us_put_miss(client, &miss))
+        us_fill_failed(region, &miss, 0);
+}
+
+/* One page that nobody waits for; false when there is no room. */
+static bool read_one(struct us_region *region, uint32_t index, bool write, bool keep, uint64_t now) {
+    uint64_t seen = atomic_load(&region->word[index]);
+    if (us_state_of(seen) != US_STORED || (seen & US_BUSY))
+        return true;
+    if (!region->pool) {
+        us_await_ahead(region, index, 1, now);
+        return true;
+    }
+    if (!room_ahead(region))
+        return false;
+    us_fill_native(region, index, seen, 0, write, keep);
+    return true;
+}
+
+void us_read_strided(struct us_region *region, uint32_t index, struct us_ahead ahead, bool write, uint64_t now) {
+    for (uint32_t i = 1; i <= ahead.count; i++) {
+        int64_t page = (int64_t)index + ahead.stride * (int64_t)i;
+        if (page < 0 || page >= (int64_t)region->pages || !read_one(region, (uint32_t)page, write, true, now))
+            return;
+        if (region->pool)
+            us_count(&region->count.ahead, 1);
+    }
+}
+
+/* Bring stored pages of a range in, as the program asks.  Returns how many pages of the range were dealt with: fewer than `count`
+ * when there is no room at the moment. */
+int64_t us_region_prefetch(struct us_region *region, uint64_t first, uint64_t count) {
+    uint64_t now = us_now(), done = 0;
+    for (; done < count && first + done < region->pages; done++)
+        if (!read_one(region, (uint32_t)(first + done), false, false, now))
+            break;
+    return (int64_t)done;
+}

@@ -1,0 +1,232 @@
+/* Regions: the interval map from addresses to page words, each region's budget and its queue of resident pages. */
+#define _GNU_SOURCE
+#include "pager.h"
+#include "uffd.h"
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define QUEUE_FIRST 1024u
+
+/* The caller holds map_lock, for reading at least. */
+struct us_region *us_region_find(struct us_client *client, uint64_t address) {
+    uint32_t low = 0, high = client->regions;
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        if (client->region[middle]->start <= address)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    if (low == 0)
+        return NULL;
+    struct us_region *region = client->region[low - 1];
+    return address < us_address(region, region->pages) ? region : NULL;
+}
+
+/* Eviction starts `gap` below the limit, so that a fault seldom has to wait for room. */
+static int64_t gap_of(int64_t limit) {
+    int64_t gap = limit / 128, least = limit / 16, most = 8 * (int64_t)US_BATCH_PAGES * US_PAGE;
+    int64_t batches = 2 * (int64_t)US_BATCH_PAGES * US_PAGE;
+    if (gap < batches)
+        gap = batches < least ? batches : least;
+    return gap < most ? gap : most;
+}
+
+void us_region_limit(struct us_region *region, uint64_t limit) {
+    atomic_store(&region->limit, (int64_t)limit);
+    atomic_store(&region->high, (int64_t)limit - gap_of((int64_t)limit));
+    atomic_store(&region->retry_ns, 0);
+    us_kick_worker(region->client);
+    us_release(region, 0);
+}
+
+/* Take room for pages about to be installed.  Fails at the limit: then the caller parks the fault. */
+bool us_reserve(struct us_region *region, uint32_t pages, bool force) {
+    int64_t bytes = (int64_t)pages * US_PAGE;
+    int64_t after = atomic_fetch_add(&region->charged, bytes) + bytes;
+    if (after > atomic_load(&region->high))
+        us_kick_worker(region->client);
+    if (after <= atomic_load(&region->limit))
+        return true;
+    bool yields = (region->grow && atomic_load(&region->full)) || atomic_load(&region->refused) ||
+                  atomic_load(&region->client->agent_late) || atomic_load(&region->client->quiet);
+    if (force || yields) {
+        us_count(&region->count.over_budget, pages);
+        return true;
+    }
+    atomic_fetch_sub(&region->charged, bytes);
+    return false;
+}
+
+/* Give room back; faults that were parked for want of it are woken and come again. */
+void us_release(struct us_region *region, int64_t bytes) {
+    atomic_fetch_sub(&region->charged, bytes);
+    if (atomic_load(&region->parked) && atomic_exchange(&region->parked, 0))
+        us_uffd_wake(region->client->uffd, region->start, region->pages << US_PAGE_SHIFT);
+}
+
+static bool queue_grow(struct us_queue *queue) {
+    uint64_t size = queue->size ? queue->size * 2 : QUEUE_FIRST;
+    uint32_t *entry = mmap(NULL, size * sizeof *entry, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (entry == MAP_FAILED)
+        return false;
+    for (uint64_t i = queue->tail; i != queue->head; i++)
+        entry[i & (size - 1)] = queue->entry[i & (queue->size - 1)];
+    if (queue->entry)
+        munmap(queue->entry, queue->size * sizeof *entry);
+    queue->entry = entry;
+    queue->size = size;
+    return true;
+}
+
+/* Give a page its entry in the queue, unless it has one. */
+void us_queue_push(struct us_region *region, uint32_t index) {
+    if (atomic_fetch_or(&region->word[index], US_QUEUED) & US_QUEUED)
+        return;
+    struct us_queue *queue = &region->queue;
+    pthread_mutex_lock(&queue->lock);
+    if (queue->head - queue->tail < queue->size || queue_grow(queue))
+        queue->entry[queue->head++ & (queue->size - 1)] = index;
+    else
+        us_word_clear(&region->word[index], US_QUEUED); /* no memory for the queue: the page stays until it is touched again */
+    pthread_mutex_unlock(&queue->lock);
+}
+
+/* Oldest first.  The pages keep QUEUED until the caller has decided their fate. */
+uint32_t us_queue_pop(struct us_region *region, uint32_t *index, uint32_t most) {
+    struct us_queue *queue = &region->queue;
+    uint32_t n = 0;
+    pthread_mutex_lock(&queue->lock);
+    while (n < most && queue->tail != queue->head)
+        index[n++] = queue->entry[queue->tail++ & (queue->size - 1)];
+    pthread_mutex_unlock(&queue->lock);
+    return n;
+}
+
+/* `old_word` is the word as it was when a passing state ended. */
+void us_wake_page(struct us_region *region, uint32_t index, uint64_t old_word) {
+    if ((old_word & US_WAITER) && !us_canary_on(region->client, US_CANARY_NO_WAKE))
+        us_uffd_wake(region->client->uffd, us_address(region, index), US_PAGE);
+}
+
+/* A page's compressed copy is of no use any more. */
+void us_drop_copy(struct us_region *region, uint64_t handle, bool was_kept) {
+    if (!region->pool || !handle)
+        return;
+    int64_t cost = was_kept ? (int64_t)us_pool_cost(region->pool, handle) : 0;
+    us_pool_free(region->pool, handle);
+    if (cost) {
+        atomic_fetch_sub(&region->kept, cost);
+        us_release(region, cost);
+    }
+}
+
+int us_region_open(struct us_client *client, uint64_t start, uint64_t pages, uint64_t base, uint64_t limit, struct us_pool *pool,
+                   int grow, int readahead, struct us_region **out) {
+    if (!pages || pages > UINT32_MAX || base + pages > US_TABLE_SLOTS || (start & (US_PAGE - 1)))
+        return -EINVAL;
+    struct us_region *region = calloc(1, sizeof *region);
+    if (!region)
+        return -ENOMEM;
+    region->client = client;
+    region->start = start;
+    region->pages = pages;
+    region->base = base;
+    region->word = client->table + base;
+    region->pool = pool;
+    region->grow = grow != 0;
+    region->readahead = readahead != 0;
+    pthread_mutex_init(&region->queue.lock, NULL);
+    us_streams_init(&region->streams);
+    us_region_limit(region, limit);
+    pthread_rwlock_wrlock(&client->map_lock);
+    int rc = 0;
+    if (client->regions == client->regions_room) {
+        uint32_t room = client->regions_room ? client->regions_room * 2 : 16;
+        struct us_region **grown = realloc(client->region, room * sizeof *grown);
+        if (grown) {
+            client->region = grown;
+            client->regions_room = room;
+        } else {
+            rc = -ENOMEM;
+        }
+    }
+    if (rc == 0) {
+        uint32_t at = client->regions++;
+        for (; at > 0 && client->region[at - 1]->start > start; at--)
+            client->region[at] = client->region[at - 1];
+        client->region[at] = region;
+    }
+    pthread_rwlock_unlock(&client->map_lock);
+    if (rc)
+        free(region);
+    else
+        *out = region;
+    return rc;
+}
+
+/* Stop eviction; 0 once nothing of the region is with the agent or the store any more, else -EAGAIN: ask again. */
+int us_region_quiesce(struct us_region *region) {
+    atomic_store(&region->closing, true);
+    return atomic_load(&region->users) ? -EAGAIN : 0;
+}
+
+void us_region_resume(struct us_region *region) {
+    atomic_store(&region->closing, false);
+    us_kick_worker(region->client);
+}
+
+/* The first page at or after `index` whose word may be non-zero: the table is sparse, and reading a hole would fill it. */
+uint64_t us_pages_next(struct us_region *region, uint64_t index) {
+    off_t offset = (off_t)((region->base + index) * sizeof(us_word));
+    off_t data = lseek(region->client->table_fd, offset, SEEK_DATA);
+    if (data < 0)
+        return region->pages;
+    uint64_t found = data <= offset ? index : (uint64_t)data / sizeof(us_word) - region->base;
+    return found < region->pages ? found : region->pages;
+}
+
+static void forget_pages(struct us_region *region) {
+    for (uint64_t i = us_pages_next(region, 0); i < region->pages; i++) {
+        if (i % 512 == 0 && (i = us_pages_next(region, i)) >= region->pages)
+            break;
+        uint64_t word = atomic_exchange(&region->word[i], 0);
+        enum us_state state = us_state_of(word);
+        bool holds = state == US_STORED || state == US_CLEAN || state == US_DROPPING || state == US_UNPROTECTING || state == US_FILLING;
+        if (region->pool && holds && us_handle_of(word))
+            us_pool_free(region->pool, us_handle_of(word));
+    }
+    /* whole pages of the table only: a neighbour's words may share the first and the last */
+    uint64_t from = (region->base * sizeof(us_word) + US_PAGE - 1) & ~(uint64_t)(US_PAGE - 1);
+    uint64_t to = (region->base + region->pages) * sizeof(us_word) & ~(uint64_t)(US_PAGE - 1);
+    if (from < to)
+        fallocate(region->client->table_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)from, (off_t)(to - from));
+}
+
+/* After quiesce, and after every fill of the region has ended.  `unmapped`: the client's memory is gone already, its address
+ * may be another region's by now. */
+int us_region_close(struct us_region *region, int unmapped) {
+    struct us_client *client = region->client;
+    if (atomic_load(&region->users))
+        return -EBUSY;
+    pthread_rwlock_wrlock(&client->map_lock);
+    uint32_t at = 0;
+    while (at < client->regions && client->region[at] != region)
+        at++;
+    if (at < client->regions) {
+        client->regions--;
+        memmove(&client->region[at], &client->region[at + 1], (client->regions - at) * sizeof *client->region);
+    }
+    pthread_rwlock_unlock(&client->map_lock);
+    if (!unmapped)
+        us_uffd_unregister(client->uffd, region->start, region->pages << US_PAGE_SHIFT);
+    forget_pages(region);
+    if (region->queue.entry)
+        munmap(region->queue.entry, region->queue.size * sizeof *region->queue.entry);
+    pthread_mutex_destroy(&region->queue.lock);
+    free(region);
+    return 0;
+}

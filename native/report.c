@@ -1,0 +1,68 @@
+/* What Python may ask of a region or a batch: snapshots, never a look into live structures. */
+#include "report.h"
+#include "pager.h"
+
+void us_region_report(struct us_region *region, struct us_report *out) {
+    const struct us_counters *count = &region->count;
+    *out = (struct us_report){
+        .limit = (uint64_t)atomic_load(&region->limit),
+        .charged = (uint64_t)atomic_load(&region->charged),
+        .leaving = (uint64_t)atomic_load(&region->leaving),
+        .kept = (uint64_t)atomic_load(&region->kept),
+        .zero = count->zero,
+        .load = count->load,
+        .awaited = count->awaited,
+        .rescue = count->rescue,
+        .protect = count->protect,
+        .spurious = count->spurious,
+        .forgotten = count->forgotten,
+        .parked = count->parked,
+        .ahead = count->ahead,
+        .dropped = count->dropped,
+        .moved = count->moved,
+        .refused = count->refused,
+        .put_back = count->put_back,
+        .full = count->full,
+        .over_budget = count->over_budget,
+        .lost = count->lost,
+        .vanished = count->vanished,
+        .is_full = atomic_load(&region->full),
+        .is_refused = atomic_load(&region->refused),
+        .agent_late = atomic_load(&region->client->agent_late),
+        .cpu = region->client->server_cpu,
+    };
+}
+
+/* Pages by state.  ZERO counts every page whose word was never written. */
+void us_region_census(struct us_region *region, uint64_t *pages) {
+    for (unsigned i = 0; i < US_STATES; i++)
+        pages[i] = 0;
+    uint64_t seen = 0;
+    for (uint64_t i = us_pages_next(region, 0); i < region->pages; i++) {
+        if (i % 512 == 0 && (i = us_pages_next(region, i)) >= region->pages)
+            break;
+        pages[us_state_of(atomic_load_explicit(&region->word[i], memory_order_relaxed))]++;
+        seen++;
+    }
+    pages[US_ZERO] += region->pages - seen;
+}
+
+uint64_t us_region_latency(const struct us_region *region, int awaited, double fraction) {
+    return us_histogram_at(awaited ? &region->awaited : &region->native, fraction);
+}
+
+uint64_t us_region_latency_count(const struct us_region *region, int awaited) {
+    return us_histogram_count(awaited ? &region->awaited : &region->native);
+}
+
+void us_batch_report(struct us_client *client, uint32_t number, struct us_batch_report *out) {
+    const struct us_batch *batch = &client->batch[number % US_BATCHES];
+    out->region = batch->region;
+    out->pages = batch->pages;
+    out->moved = batch->moved;
+    out->buffer = batch->buffer;
+    for (uint32_t i = 0; i < batch->pages; i++)
+        out->index[i] = batch->index[i];
+}
+
+uint32_t us_transitions_from(uint32_t state) { return state < US_STATES ? us_transitions[state] : 0; }

@@ -1,0 +1,197 @@
+/* The fault server: reads a client's userfaultfd and answers what is in memory; the rest goes to the asyncio loop.
+ *
+ * It never waits: not for a lock held across I/O, not for the agent, not for a store.  A message that meets a passing state
+ * sets WAITER and is forgotten; whoever ends the state wakes the thread, whose fault then comes again.
+ */
+#define _GNU_SOURCE
+#include "uffd.h"
+#include "pager.h"
+#include <fcntl.h>
+#include <poll.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define MESSAGES 16
+#define PLACE_EVERY_NS 5000000ull
+
+/* Park a fault for want of room: it sleeps on in the kernel until us_release wakes the region. */
+static bool park(struct us_region *region) {
+    atomic_store(&region->parked, 1);
+    us_count(&region->count.parked, 1);
+    us_kick_worker(region->client);
+    if (!us_reserve(region, 1, false))
+        return true;
+    return false; /* room came between the two looks, and is taken */
+}
+
+static bool forget(struct us_region *region, uint32_t index, uint64_t seen) {
+    us_count(&region->count.forgotten, 1);
+    return us_word_swap(&region->word[index], &seen, seen | US_WAITER);
+}
+
+/* A message for a resident page.  Under UNPROTECTING no evictor can take the page away while the ioctl acts on it. */
+static bool resolve_resident(struct us_region *region, uint32_t index, uint64_t seen, bool protect) {
+    struct us_client *client = region->client;
+    us_word *word = &region->word[index];
+    uint64_t address = us_address(region, index), copy = us_handle_of(seen), done;
+    bool clean = us_state_of(seen) == US_CLEAN;
+    if (clean && protect && us_canary_on(client, US_CANARY_STALE_CLEAN)) {
+        us_uffd_unprotect(client->uffd, address, US_PAGE);
+        return true;
+    }
+    if (!us_word_swap(word, &seen, us_with_state(seen, US_UNPROTECTING)))
+        return false;
+    bool written = protect;
+    if (protect) {
+        us_count(&region->count.protect, 1);
+        us_uffd_unprotect(client->uffd, address, US_PAGE); /* wakes */
+        if (clean) {
+            uint32_t upgrade = atomic_load_explicit(&region->upgrade, memory_order_relaxed);
+            atomic_store_explicit(&region->upgrade, upgrade + (256 - upgrade) / 16, memory_order_relaxed);
+        }
+    } else {
+        /* Missing, yet we think it resident: two threads came for one page, or the program itself dropped the memory, and then
+         * what it must see is zeros, never an old copy. */
+        us_count(&region->count.spurious, 1);
+        if (us_uffd_copy(client->uffd, address, us_zero_page(), US_PAGE, 0, &done) == 0)
+            written = true;
+        else
+            us_uffd_wake(client->uffd, address, US_PAGE);
+    }
+    bool stays = clean && !written;
+    uint64_t old = us_word_leave(word, US_UNPROTECTING, stays ? US_CLEAN : US_DIRTY, stays ? copy : 0, 0, 0);
+    us_wake_page(region, index, old);
+    if (clean && !stays)
+        us_drop_copy(region, copy, true);
+    return true;
+}
+
+/* Rescue: the page left for staging and its data is in the batch's buffer.  The pin is taken before the word is looked at again:
+ * the worker frees a buffer only after no word says LEAVING and then no pin is left. */
+static bool rescue(struct us_region *region, uint32_t index, uint64_t seen, bool write) {
+    struct us_client *client = region->client;
+    uint64_t where = us_handle_of(seen) - 1;
+    struct us_batch *batch = &client->batch[where / US_BATCH_PAGES % US_BATCHES];
+    (void)write;
+    atomic_fetch_add(&batch->pins, 1);
+    bool ours = us_word_swap(&region->word[index], &seen, us_with_handle(us_with_state(seen, US_FILLING), 0));
+    if (ours) {
+        us_count(&region->count.rescue, 1);
+        us_install_rescued(region, index, batch->buffer + where % US_BATCH_PAGES * US_PAGE);
+    } else {
+        us_release(region, US_PAGE);
+    }
+    atomic_fetch_sub(&batch->pins, 1);
+    return ours;
+}
+
+static bool await_store(struct us_region *region, uint32_t index, uint64_t seen, bool write, uint32_t ahead, uint64_t now) {
+    struct us_client *client = region->client;
+    uint64_t ticket = us_next_ticket(client);
+    uint64_t filling = us_with_handle(us_with_state(seen & ~US_AHEAD, US_FILLING), ticket) | US_BUSY;
+    if (!us_word_swap(&region->word[index], &seen, filling)) {
+        us_release(region, US_PAGE);
+        return false;
+    }
+    struct us_miss miss = {.region = region, .ticket = ticket, .time_ns = now, .first = index, .count = 1, .write = write};
+    us_count(&region->count.awaited, 1);
+    if (us_put_miss(client, &miss)) {
+        us_fill_failed(region, &miss, 0); /* the queue is full: the fault comes again */
+        return true;
+    }
+    if (ahead)
+        us_await_ahead(region, index + 1, ahead, now);
+    return true;
+}
+
+/* True when the message is done with; false: the word changed under us, look again. */
+static bool answer(struct us_region *region, uint32_t index, uint64_t flags, struct us_ahead ahead, uint64_t now) {
+    uint64_t seen = atomic_load(&region->word[index]);
+    bool write = flags & (US_FAULT_WRITE | US_FAULT_WP);
+    enum us_state state = us_state_of(seen);
+    uint32_t run = ahead.stride == 1 ? ahead.count : 0;
+    switch (state) {
+    case US_CLEAN:
+    case US_DIRTY:
+        return resolve_resident(region, index, seen, flags & US_FAULT_WP);
+    case US_ZERO:
+    case US_STORED:
+    case US_LEAVING:
+        if (!us_reserve(region, 1, false) && park(region))
+            return true;
+        if (state == US_LEAVING)
+            return rescue(region, index, seen, write);
+        if (state == US_STORED && !region->pool)
+            return await_store(region, index, seen, write, run, now);
+        return us_fill_native(region, index, seen, run, write, ahead.count != 0);
+    case US_POISONED:
+        us_uffd_poison(region->client->uffd, us_address(region, index), US_PAGE);
+        us_uffd_wake(region->client->uffd, us_address(region, index), US_PAGE);
+        return true;
+    default:
+        return forget(region, index, seen);
+    }
+}
+
+static void serve_message(struct us_client *client, const struct us_uffd_message *message, uint64_t now) {
+    if (message->event != US_EVENT_PAGEFAULT)
+        return;
+    uint64_t address = message->address & ~(uint64_t)(US_PAGE - 1);
+    struct us_region *region = us_region_find(client, address);
+    if (!region) { /* it was closed meanwhile */
+        us_uffd_wake(client->uffd, address, US_PAGE);
+        return;
+    }
+    uint32_t index = (uint32_t)((address - region->start) >> US_PAGE_SHIFT);
+    struct us_ahead ahead = {0, 0};
+    enum us_state state = us_state_of(atomic_load(&region->word[index]));
+    if (region->readahead && (state == US_ZERO || state == US_STORED))
+        ahead = us_streams_fault(&region->streams, index);
+    while (!answer(region, index, message->flags, ahead, now))
+        continue;
+    if (ahead.stride != 0 && ahead.stride != 1)
+        us_read_strided(region, index, ahead, message->flags & US_FAULT_WRITE, now);
+    us_histogram_add(&region->native, us_now() - now);
+}
+
+/* Read and answer what is there, at most `rounds` reads.  Returns the number of messages, or -errno. */
+int us_serve(struct us_client *client, int rounds) {
+    struct us_uffd_message message[MESSAGES];
+    int served = 0;
+    while (rounds-- > 0) {
+        ssize_t length = read(client->uffd, message, sizeof message);
+        if (length < 0)
+            return errno == EAGAIN || errno == EINTR ? served : -errno;
+        uint64_t now = us_now();
+        int n = (int)((size_t)length / sizeof *message);
+        pthread_rwlock_rdlock(&client->map_lock);
+        for (int i = 0; i < n; i++)
+            serve_message(client, &message[i], now);
+        pthread_rwlock_unlock(&client->map_lock);
+        atomic_fetch_add_explicit(&client->channel->progress, (uint64_t)n, memory_order_relaxed);
+        us_place(client, message[n - 1].thread_id, now);
+        served += n;
+        if (n < MESSAGES)
+            break;
+    }
+    return served;
+}
+
+void *us_server_main(void *argument) {
+    struct us_client *client = argument;
+    struct pollfd wait[2] = {{.fd = client->uffd, .events = POLLIN}, {.fd = client->stop_fd, .events = POLLIN}};
+    client->server_tid = (int)syscall(SYS_gettid);
+    while (!atomic_load(&client->stop)) {
+        if (poll(wait, 2, -1) < 0 && errno != EINTR)
+            break;
+        if (wait[0].revents & (POLLERR | POLLHUP | POLLNVAL))
+            break;
+        if (us_serve(client, 64) < 0)
+            break;
+    }
+    return NULL;
+}
