@@ -86,7 +86,7 @@ class Rig:
         restore(self._journal)
 
     def _set_up(self) -> None:
-        name = control_group.NAME
+        name = f"{control_group.NAME}-{os.getpid()}"
         for change in self._hierarchy.changes(name):
             self._journal.make(change)
         self.group = Group(self._hierarchy, name)

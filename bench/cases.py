@@ -123,3 +123,7 @@ AGAINST_BARE = (
 )
 
 CASES = AGAINST_KERNEL + AGAINST_BARE
+
+
+def named(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)

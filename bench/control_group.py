@@ -13,6 +13,7 @@ from pathlib import Path
 from userswap.bench.changes import Change, ControlGroup, GroupController
 
 NAME = "userswap-bench"
+"""What the names of our groups begin with."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -214,8 +214,10 @@ class CaseMeasurement:
         if run.side == "kernel":
             run.stored_bytes, run.compressed_bytes = self.rig.stored()
         elif run.side == "userswap":
-            run.stored_bytes = PAGE * int(run.stats["pages"]["stored"])
-            run.compressed_bytes = int(run.stats["pool_bytes"]) + int(run.stats["table_bytes"])
+            # A copy kept of a resident page is part of the resident budget already.
+            pool = int(run.stats["pool_bytes"]) - int(run.stats["kept_bytes"])
+            run.compressed_bytes = pool + int(run.stats["table_bytes"])
+            run.stored_bytes = PAGE * int(run.stats["pages"]["STORED"])
 
 
 def steps_of(case: Case, options: Options, side: str) -> list[Step]:

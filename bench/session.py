@@ -97,14 +97,16 @@ class Session:
                 raise ToucherError(f"still running: {self._group.members()}")
             time.sleep(0.005)
 
-    def open(self, plan: dict[str, Any]) -> dict[str, Any]:
-        """Prepare, enter the group, make the memory; from here on the group is weighed."""
-        prepared = self.ask("prepare", plan=plan)
+    def open(self, plan: dict[str, Any]) -> None:
+        """Prepare, enter the group, make the memory; from here on the group is weighed.
+
+        The pager's own process is not in the weight, what it holds for the memory is."""
+        self.ask("prepare", plan=plan)
         self._group.admit(self._child.pid)
-        self.ask("open")
-        self._floor = self._group.usage()
+        stats = self.ask("open")
+        held = stats.get("pool_bytes", 0) + stats.get("table_bytes", 0)
+        self._floor = self._group.usage() - held
         self._outside_floor = self._outside()
-        return prepared
 
     def weigh(self) -> None:
         moment = time.monotonic() - self._began

@@ -77,7 +77,7 @@ class Toucher:
 
     def open(self) -> dict[str, Any]:
         self._memory = open_memory(self._plan, self._sample)
-        return {}
+        return self._memory.stats()
 
     def step(self, name: str) -> dict[str, Any]:
         assert self._memory is not None
