@@ -5,6 +5,7 @@
 #include <string.h>
 
 #define SLOT_MASK ((1ull << 48) - 1)
+#define MOVES_FOR_ROOM 64u
 #define WASTE_MIN (512u << 10) /* classes by the hundred hold a page or two that are not full */
 
 _Static_assert(US_CODEC_PAGE == US_PAGE_BYTES, "one page size");
@@ -71,6 +72,8 @@ static int take_slot(struct us_pool *pool, uint32_t length, uint64_t *handle) {
     const struct us_class *class;
     pthread_mutex_lock(&pool->slots.lock);
     int rc = us_slots_take(&pool->slots, length, handle);
+    if (rc == -ENOSPC && us_slots_compact(&pool->slots, MOVES_FOR_ROOM, pool->relocate, pool->owner))
+        rc = us_slots_take(&pool->slots, length, handle);
     if (!rc) {
         us_slots_find(&pool->slots, *handle, &class);
         pool->objects++;

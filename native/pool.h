@@ -42,7 +42,8 @@ void us_pool_destroy(struct us_pool *pool);
 void us_pool_set_owner(struct us_pool *pool, us_relocate_fn *relocate, void *owner);
 int us_pool_fd(const struct us_pool *pool);
 
-/* Keep a copy of one page for the reference at `slot` (48 bits): 0, -ENOSPC (limit), -ENOMEM. */
+/* Keep a copy of one page for the reference at `slot` (48 bits): 0, -ENOSPC (limit), -ENOMEM.  At the limit it first moves
+ * other objects together: relocate must need no lock that the caller holds. */
 int us_pool_put(struct us_pool *pool, const void *page, uint64_t slot, uint64_t *handle);
 
 /* Write the page that a handle stands for: 0, -EILSEQ (not a handle of this pool, or what it names is damaged), -ENOMEM. */

@@ -1,0 +1,140 @@
+"""`ram:` keeps pages compressed in this process's memory.
+
+Responsible for: the pool's options and its life, and the awaited view of it. The native fault
+server takes the pool as it is (`native`); then the awaited methods stay unused, because a page's
+handle can be in one place only. Work is done on the loop's thread, with the GIL released: a page
+takes a few microseconds, less than handing it to a thread would.
+
+Must not know: faults, other stores.
+
+Targets: `lz4` (also where none is given), `zstd`, `none`. Options: `limit=SIZE` of memory held,
+`level=N` for zstd.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from userswap.backends.grammar import LayerSpec, Options, format_size, unknown_name
+from userswap.backends.store import (
+    NativePool,
+    PageLostError,
+    Run,
+    Store,
+    StoreError,
+    StoreFailedError,
+    StoreFullError,
+    pages_between,
+    pages_of,
+)
+from userswap.native import codecs, ffi, lib
+
+PAGE_SIZE = 4096
+NAME = "ram"
+DEFAULT_CODEC = "lz4"
+LIMIT_MIN = 1024**2  # below it, the first page of each size class and the tables would be all
+ZSTD_LEVELS = (-50, 22)
+ZSTD_LEVEL = 1
+LZ4_ACCELERATION = 1
+
+
+class RamStore(Store):
+    """Pages in a native pool; see `Store` for the contract."""
+
+    page_size = PAGE_SIZE
+    durable = False
+
+    def __init__(
+        self, page_count: int, *, codec: str = DEFAULT_CODEC, level: int = 1, limit: int = 0
+    ) -> None:
+        self.page_count = page_count
+        self._pool: Any = ffi.NULL
+        self._pages: Any = ffi.NULL
+        try:
+            opened = codecs.open_codec(codec)
+        except codecs.CodecError as error:
+            raise StoreFailedError(str(error), store=NAME) from error
+        pool = ffi.new("struct us_pool **")
+        rc = lib.us_pool_create(pool, opened.number, level, limit)
+        if rc < 0:
+            raise StoreFailedError(f"no room for the pool: {os.strerror(-rc)}", store=NAME)
+        self._pool = pool[0]
+        self._error = ffi.new("int *")
+        held = f" in at most {format_size(limit)}" if limit else ""
+        description = f"{codec} {opened.version}{held}".replace("none ", "uncompressed")
+        self.native = NativePool(self._pool, lib.us_pool_fd(self._pool), description)
+
+    async def read(self, runs: Sequence[Run]) -> None:
+        table = self._table()
+        for run in runs:
+            count = len(pages_of(self, run))
+            place = ffi.from_buffer(run.buffer, require_writable=True)
+            done = lib.us_ram_read(table, run.index, count, place, self._error)
+            if done < count:
+                raise self._failure("cannot be decompressed", run.index + done)
+
+    async def write(self, runs: Sequence[Run]) -> None:
+        table = self._table()
+        for run in runs:
+            count = len(pages_of(self, run))
+            place = ffi.from_buffer(run.buffer)
+            done = lib.us_ram_write(table, run.index, count, place, self._error)
+            if done < count:
+                raise self._failure("cannot be kept", run.index + done)
+
+    async def discard(self, index: int, count: int) -> None:
+        pages = pages_between(self, index, count)
+        lib.us_ram_discard(self._table(), pages.start, len(pages))
+
+    async def flush(self) -> None:
+        self._check_open()
+
+    async def aclose(self) -> None:
+        if self._pool == ffi.NULL:
+            return
+        lib.us_ram_destroy(self._pages)
+        lib.us_pool_destroy(self._pool)
+        self._pool = self._pages = ffi.NULL
+        self.native = None
+
+    def _check_open(self) -> None:
+        if self._pool == ffi.NULL:
+            raise StoreFailedError("is closed", store=NAME)
+
+    def _table(self) -> Any:
+        """The array of handles, made when it is first needed: the native server keeps its own."""
+        self._check_open()
+        if self._pages == ffi.NULL:
+            out = ffi.new("struct us_ram **")
+            if lib.us_ram_create(out, self._pool, self.page_count) < 0:
+                raise StoreFailedError("no room for the table of pages", store=NAME)
+            self._pages = out[0]
+        return self._pages
+
+    def _failure(self, what: str, page: int) -> StoreError:
+        number = -self._error[0]
+        if number == errno.ENOSPC:
+            held = format_size(lib.us_pool_held(self._pool))
+            return StoreFullError(f"the pool holds {held}, its limit", store=NAME, page=page)
+        if number == errno.ENOMEM:
+            return StoreFullError("no memory left for the pool", store=NAME, page=page)
+        return PageLostError(f"{what}: {os.strerror(number)}", store=NAME, page=page)
+
+
+def open_store(layer: LayerSpec, page_count: int) -> Store:
+    codec = layer.target or DEFAULT_CODEC
+    if codec not in codecs.NAMES:
+        raise layer.error(unknown_name("codec", codec, codecs.NAMES))
+    options = Options(layer)
+    limit = options.size("limit", default=None, whole=page_count * PAGE_SIZE)
+    level = LZ4_ACCELERATION
+    if codec == "zstd":
+        low, high = ZSTD_LEVELS
+        level = options.integer("level", default=ZSTD_LEVEL, low=low, high=high)
+    options.finish()
+    if limit is not None and limit < LIMIT_MIN:
+        raise layer.error(f"has to be at least {format_size(LIMIT_MIN)}", "limit")
+    return RamStore(page_count, codec=codec, level=level, limit=limit or 0)

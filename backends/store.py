@@ -1,0 +1,127 @@
+"""The one interface that everything meets at: a sparse array of pages behind five coroutines.
+
+Responsible for: the contract of a store, and the errors by which a store tells its user what to do.
+Must not know: any store, any engine; standard library only.
+
+The contract:
+ 1. A page is named by its index, 0 to page_count - 1; bytes are not addressable. A run is a buffer
+    of one or more whole pages, and the index of its first. Anything else is a bug of the caller,
+    for which stores assert.
+ 2. A page that was never written, or was discarded, reads as zeros.
+ 3. A write is visible to reads that begin after it returned. When it fails, every page of it is old
+    or new, whole; other pages are untouched.
+ 4. A buffer belongs to the store until the await ends, and not a moment longer, also when the await
+    ends by an exception or by cancellation.
+ 5. Operations on disjoint pages may run at the same time and end in any order; callers never let two
+    operations overlap of which one writes or discards. Flush covers only writes that returned.
+ 6. Only StoreErrors come out. After `aclose`, which is idempotent, every other call raises
+    StoreFailedError.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Adjacent pages: the index of the first, and their bytes (n * page_size of them)."""
+
+    index: int
+    buffer: memoryview
+
+
+@dataclass(frozen=True)
+class NativePool:
+    """What lets the native fault server serve a store by itself: its compressed pages in memory.
+
+    Whoever takes it keeps the handles of the pages, and leaves the store's awaited methods alone
+    but for `aclose`, which ends the pool.
+    """
+
+    pool: Any
+    """struct us_pool *, as native/pool.h has it"""
+    fd: int
+    """the pool's memfd; the store's, to be duplicated and not closed"""
+    description: str
+
+
+class Store(ABC):
+    """A sparse array of `page_count` pages of `page_size` bytes.
+
+    All methods are abstract, without defaults: a filter cannot forget to pass one on.
+    """
+
+    page_size: int
+    page_count: int
+    durable: bool
+    """What `flush` confirmed survives the end of this process and of the machine's power."""
+    native: NativePool | None = None
+    """None where the store is awaited."""
+
+    @abstractmethod
+    async def read(self, runs: Sequence[Run]) -> None:
+        """Fill the buffers."""
+
+    @abstractmethod
+    async def write(self, runs: Sequence[Run]) -> None:
+        """Keep what the buffers hold; they are the caller's again on return."""
+
+    @abstractmethod
+    async def discard(self, index: int, count: int) -> None:
+        """Forget pages; they read as zeros then."""
+
+    @abstractmethod
+    async def flush(self) -> None:
+        """Returned writes and discards now survive a crash, where `durable`."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Release what the store holds, even if that raises; later calls do nothing."""
+
+
+def pages_between(store: Store, index: int, count: int) -> range:
+    """The indexes of `count` pages; asserts that the store has them."""
+    assert 0 <= index <= index + count <= store.page_count, f"pages {index} + {count}"
+    return range(index, index + count)
+
+
+def pages_of(store: Store, run: Run) -> range:
+    """The indexes that a run covers; asserts that it is whole pages, which the store has."""
+    assert run.buffer.nbytes % store.page_size == 0, f"a run of {run.buffer.nbytes} bytes"
+    return pages_between(store, run.index, run.buffer.nbytes // store.page_size)
+
+
+class StoreError(Exception):
+    """A store could not do what it was asked; subclasses say what follows from it.
+
+    `store` names the layer that raised it, `page` the first page concerned, where there is one.
+    """
+
+    def __init__(self, message: str, *, store: str, page: int | None = None) -> None:
+        super().__init__(message)
+        self.store = store
+        self.page = page
+
+    def __str__(self) -> str:
+        where = self.store if self.page is None else f"{self.store}: page {self.page}"
+        return f"{where}: {self.args[0]}"
+
+
+class TransientError(StoreError):
+    """May work when it is tried again."""
+
+
+class PageLostError(StoreError):
+    """The content of `page` is gone for good; other pages are not."""
+
+
+class StoreFullError(StoreError):
+    """No room for this write; what was there before still is."""
+
+
+class StoreFailedError(StoreError):
+    """The store is of no use any more; every later call raises this too."""
