@@ -2,7 +2,6 @@
 
 import pickle
 import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -355,11 +354,3 @@ def test_an_option_that_nobody_reads_is_refused() -> None:
     error = refusal(reader.finish)
     assert "ram: unknown option 'limt'; did you mean 'limit'?" in str(error)
     assert error.position == 16
-
-
-def test_the_grammar_needs_the_standard_library_alone() -> None:
-    code = "import sys, userswap.backends.grammar; print([m for m in sys.modules if 'cffi' in m])"
-    output = subprocess.run(
-        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
-    ).stdout
-    assert output.strip() == "[]"
