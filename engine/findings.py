@@ -248,12 +248,10 @@ def _reading(facts: Facts, machine: Machine) -> Finding:
 def _codec(codec: Codec, machine: Machine) -> Finding:
     topic = f"codec {codec.name}"
     if not codec.error:
-        return Finding(topic, "ok", codec.path, f"store=ram:{codec.name}", "", True)
-    package = {"lz4": "liblz4-1", "zstd": "libzstd1"}.get(codec.name, codec.name)
-    remedy = f"apt-get install {package}, or pip install lz4 backports.zstd"
+        return Finding(topic, "ok", codec.library, f"store=ram:{codec.name}", "", True)
     others = [other.name for other in machine.codecs if not other.error]
     use = f"ram:{others[0]} works" if others else "pages are kept uncompressed"
-    return Finding(topic, "missing", codec.error, use, remedy, True)
+    return Finding(topic, "missing", "no library was found", use, codec.error, True)
 
 
 def _cpus(machine: Machine) -> Finding:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from userswap.engine.probe import read_number, read_text
+from userswap.native import codecs as native_codecs
 from userswap.native import lib
 
 UNLIMITED = resource.RLIM_INFINITY
@@ -24,10 +25,10 @@ UNLIMITED = resource.RLIM_INFINITY
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """A compression library: where it was found, or why not."""
+    """A compression library and its version; or why there is none, and what to install."""
 
     name: str
-    path: str
+    library: str
     error: str = ""
 
 
@@ -206,4 +207,12 @@ def zram_algorithms() -> tuple[str, ...]:
 
 
 def codecs() -> tuple[Codec, ...]:
-    return ()
+    return tuple(_codec(name) for name in native_codecs.NAMES if name != "none")
+
+
+def _codec(name: str) -> Codec:
+    try:
+        library = native_codecs.open_codec(name)
+    except native_codecs.CodecError as error:
+        return Codec(name, "", str(error))
+    return Codec(name, f"{library.path} {library.version}")

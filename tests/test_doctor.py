@@ -181,7 +181,7 @@ def test_without_poison_a_lost_page_blocks_and_the_service_is_limited() -> None:
     [
         ({"overcommit": 2}, "vm.overcommit_memory", "vm.overcommit_memory=0"),
         ({"address_limit": 4 * GIB}, "address space", "ulimit -v unlimited"),
-        ({"codecs": (Codec("lz4", "", "not found"),)}, "codec lz4", "liblz4-1"),
+        ({"codecs": (Codec("lz4", "", "apt-get install liblz4-1"),)}, "codec lz4", "liblz4-1"),
     ],
 )
 def test_limits_that_lower_the_service(change: dict[str, object], topic: str, remedy: str) -> None:
