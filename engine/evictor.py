@@ -43,7 +43,7 @@ class Evictor:
             report = ffi.new("struct us_batch_report *")
             lib.us_batch_report(self.client, number, report)
             region = self._loop.regions[int(ffi.cast("uintptr_t", report.region))]
-            region.pending += 1
+            region.begin()
             task = start(self._write(region, number, report))
             if not task.done():
                 self._tasks.add(task)
@@ -63,7 +63,7 @@ class Evictor:
                 full = accepted != report.moved
         finally:
             lib.us_write_done(self.client, number, accepted, full)
-            region.pending -= 1
+            region.end()
 
     async def _accepted(self, region: Served, runs: list[Run]) -> bool:
         delay = RETRY_FIRST_S
@@ -89,7 +89,9 @@ class Evictor:
     def _complain(self, region: Served, what: str) -> None:
         if region.url not in self._complained:
             self._complained.add(region.url)
-            log.warning("%s: the store %s %s; its pages stay in memory", region.name, region.url, what)
+            log.warning(
+                "%s: the store %s %s; its pages stay in memory", region.name, region.url, what
+            )
 
     async def cancel(self) -> None:
         """The client is gone: nobody needs the pages any more."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import Coroutine
 from typing import Any
@@ -35,10 +36,9 @@ SERVE_ROUNDS = 64
 def start(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     """Start a task, at once where Python can (3.12): a store in memory then needs no loop turn."""
     loop = asyncio.get_running_loop()
-    try:
+    if sys.version_info >= (3, 12):
         return asyncio.Task(coroutine, loop=loop, eager_start=True)
-    except TypeError:
-        return loop.create_task(coroutine)
+    return loop.create_task(coroutine)
 
 
 class Served:
@@ -51,8 +51,24 @@ class Served:
         self.store = store
         self.base = base
         """The store's index of the region's first page."""
-        self.pending = 0
-        """Store operations under way."""
+        self._pending = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def begin(self) -> None:
+        """A store operation starts."""
+        self._pending += 1
+        self._idle.clear()
+
+    def end(self) -> None:
+        """A store operation has ended."""
+        self._pending -= 1
+        if not self._pending:
+            self._idle.set()
+
+    async def settled(self) -> None:
+        """Return when no store operation is under way."""
+        await self._idle.wait()
 
 
 class FaultLoop:
@@ -92,7 +108,7 @@ class FaultLoop:
             for miss in sorted(taken, key=lambda miss: bool(miss.ahead)):
                 copy = ffi.new("struct us_miss *", miss)
                 region = self.regions[int(ffi.cast("uintptr_t", miss.region))]
-                region.pending += 1
+                region.begin()
                 self._keep(start(self._fill(region, copy)))
             if count < MISSES_PER_DRAIN:
                 return
@@ -104,7 +120,9 @@ class FaultLoop:
 
     async def _fill(self, region: Served, miss: Any) -> None:
         ticket = int(miss.ticket)
-        buffer = self._buffers.pop() if self._buffers else ffi.new(f"uint8_t[{RUN_PAGES_MAX * PAGE}]")
+        buffer = (
+            self._buffers.pop() if self._buffers else ffi.new(f"uint8_t[{RUN_PAGES_MAX * PAGE}]")
+        )
         try:
             if not miss.ahead:
                 self._waiting[ticket] = (time.monotonic(), region)
@@ -118,7 +136,7 @@ class FaultLoop:
             self._waiting.pop(ticket, None)
             self._told.discard(ticket)
             self._buffers.append(buffer)
-            region.pending -= 1
+            region.end()
 
     async def _read(self, region: Served, miss: Any, buffer: Any) -> bool:
         """Read the miss's run; False when a page of it is lost. Transient errors are waited out."""

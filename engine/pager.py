@@ -21,7 +21,6 @@ import select
 import signal
 import socket
 import sys
-from typing import Any
 
 from userswap.backends.store import StoreError
 from userswap.engine.control import Message, receive, send
@@ -72,7 +71,9 @@ class Connection:
         except (OSError, StoreError) as error:
             answer.update(ok=False, kind="error", error=f"{request.get('op')}: {error}")
         except (KeyError, TypeError, ValueError) as error:
-            answer.update(ok=False, kind="config", error=f"{request.get('op')}: bad request ({error})")
+            answer.update(
+                ok=False, kind="config", error=f"{request.get('op')}: bad request ({error})"
+            )
         while not self.ended.is_set():
             try:
                 send(self._socket, answer, outgoing)
@@ -102,9 +103,7 @@ class Connection:
             return await service.open(request)
         return await self._on_region(service, operation, request), []
 
-    async def _on_region(
-        self, service: ClientService, operation: str, request: Message
-    ) -> Message:
+    async def _on_region(self, service: ClientService, operation: str, request: Message) -> Message:
         from userswap.native import lib
 
         region = service.region(request)
@@ -164,7 +163,7 @@ async def serve_embedded(connection: socket.socket) -> None:
 
 
 class _Stderr(logging.Handler):
-    """Standard error, which may be a full pipe that nobody reads: a line is lost before it blocks."""
+    """Standard error, which may be a full pipe: a line is lost before it blocks."""
 
     def emit(self, record: logging.LogRecord) -> None:
         poll = select.poll()

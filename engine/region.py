@@ -103,8 +103,6 @@ class Region:
         self._mapping: _Mapping | None = None
         if on_full not in ("grow", "stall"):
             raise ConfigError(f"on_full={on_full!r}: use grow or stall")
-        if prefetch not in ("streams", "none"):
-            raise ConfigError(f"prefetch={prefetch!r}: use streams or none")
         settings = Settings(fault_path, on_pager_death, user_mode_only, placement)
         self.size = _parse("size", size)
         limit = _check_resident(_parse("resident", resident, self.size))
@@ -121,7 +119,7 @@ class Region:
                     store=store,
                     name=name,
                     grow=on_full == "grow",
-                    readahead=prefetch == "streams",
+                    prefetch=prefetch,
                 )
                 self._id: int = answer["region"]
                 client.regions[self._id] = (start, self.size)

@@ -14,13 +14,14 @@ import os
 import resource
 from typing import Any
 
-from userswap.backends.grammar import GrammarError
+from userswap.backends.grammar import GrammarError, unknown_name
 from userswap.backends.registry import open_stack
 from userswap.backends.store import Store, StoreError
 from userswap.engine.errors import ConfigError, UserswapError
 from userswap.engine.evictor import Evictor
 from userswap.engine.fault_loop import FaultLoop, Served, discard_marked
 from userswap.engine.page_table import Extents, State
+from userswap.engine.policies.prefetch import names
 from userswap.native import check, ffi, lib
 
 log = logging.getLogger("userswap.pager")
@@ -94,6 +95,9 @@ class ClientService:
         url = str(request["store"])
         if pages <= 0 or start <= 0 or start % PAGE or limit < PAGE:
             raise ConfigError(f"a region of {pages} pages at {start:#x} with {limit} bytes")
+        prefetch = lib.us_prefetch_find(str(request["prefetch"]).encode())
+        if prefetch == ffi.NULL:
+            raise ConfigError(unknown_name("prefetch policy", str(request["prefetch"]), names()))
         store = await self._open_store(url, pages)
         try:
             base = self._extents.allocate(pages)
@@ -102,10 +106,12 @@ class ClientService:
             raise ConfigError("this process has no room for more regions (16 TiB)") from None
         pool = store.native.pool if store.native else ffi.NULL
         out = ffi.new("struct us_region **")
-        grow, readahead = bool(request["grow"]), bool(request["readahead"])
+        grow = bool(request["grow"])
         try:
             check(
-                lib.us_region_open(self.native, start, pages, base, limit, pool, grow, readahead, out)
+                lib.us_region_open(
+                    self.native, start, pages, base, limit, pool, grow, prefetch, out
+                )
             )
         except OSError:
             self._extents.release(base, pages)
@@ -157,15 +163,19 @@ class ClientService:
     async def quiesce(self, region: OpenRegion) -> None:
         """Stop eviction and readahead; return when nothing of the region is under way."""
         delay = POLL_FIRST_S
-        while lib.us_region_quiesce(region.handle) or region.pending:
+        while lib.us_region_quiesce(region.handle):
             await asyncio.sleep(delay)
             delay = min(delay * 2, POLL_MAX_S)
+        await region.settled()
 
     async def close(self, number: int, *, unmapped: bool) -> None:
         """Forget a region that is quiet."""
         region = self.regions[number]
         await self.quiesce(region)
-        check(lib.us_region_close(region.handle, unmapped))
+        lib.us_region_detach(region.handle, unmapped)
+        self.loop.drain()  # a fault that came before it was detached
+        await self.quiesce(region)
+        check(lib.us_region_free(region.handle))
         del self.regions[number]
         del self.loop.regions[int(ffi.cast("uintptr_t", region.handle))]
         self._extents.release(region.table_base, region.pages)
@@ -201,8 +211,7 @@ class ClientService:
             tries = 0 if step else tries + 1
             self.loop.drain()
             await asyncio.sleep(0 if step else POLL_MAX_S)
-        while region.pending:
-            await asyncio.sleep(POLL_FIRST_S)
+        await region.settled()
         return done
 
     async def flush(self, region: OpenRegion) -> None:
@@ -233,7 +242,9 @@ class ClientService:
             "kept_bytes": report.kept,
             "pages": {state.name: states[state] for state in State},
             "faults": {name: getattr(report, name) for name in COUNTS},
-            "faults_native": sum(getattr(report, n) for n in COUNTS if n not in ("awaited", "forgotten", "parked")),
+            "faults_native": sum(
+                getattr(report, n) for n in COUNTS if n not in ("awaited", "forgotten", "parked")
+            ),
             "faults_awaited": report.awaited,
             "readahead_pages": report.ahead,
             "evicted_pages": report.moved,

@@ -99,7 +99,6 @@ int us_client_create(struct us_client **out, int uffd, int pid, uint64_t feature
     client->order_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     client->done_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     client->loop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    client->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     client->miss = calloc(US_MISSES, sizeof *client->miss);
     client->table = table;
     client->channel = channel;
@@ -111,7 +110,7 @@ int us_client_create(struct us_client **out, int uffd, int pid, uint64_t feature
     pthread_mutex_init(&client->batch_lock, NULL);
     pthread_mutex_init(&client->miss_lock, NULL);
     if (client->table_fd < 0 || client->channel_fd < 0 || client->order_fd < 0 || client->done_fd < 0 || client->loop_fd < 0 ||
-        client->stop_fd < 0 || !client->miss) {
+        !client->miss) {
         int rc = client->table_fd < 0 ? client->table_fd : client->channel_fd < 0 ? client->channel_fd : -EMFILE;
         us_client_destroy(client);
         return rc;
@@ -162,8 +161,12 @@ int us_client_start(struct us_client *client, int native_server, int placement) 
 /* Ends the threads.  Regions stay as they are: nobody answers their faults any more. */
 void us_client_stop(struct us_client *client) {
     atomic_store(&client->stop, true);
-    signal_fd(client->stop_fd);
     signal_fd(client->done_fd);
+    /* a signal that comes just before the read is lost: send until the thread has ended */
+    while (client->server_runs && !atomic_load(&client->server_ended)) {
+        pthread_kill(client->server, US_SERVER_SIGNAL);
+        usleep(1000);
+    }
     if (client->server_runs)
         pthread_join(client->server, NULL);
     if (client->worker_runs)
@@ -177,8 +180,7 @@ void us_client_destroy(struct us_client *client) {
         munmap(client->table, US_TABLE_SLOTS * sizeof(us_word));
     if (client->channel)
         munmap(client->channel, US_CHANNEL_TOTAL);
-    const int descriptor[] = {client->table_fd, client->channel_fd, client->order_fd,
-                              client->done_fd,  client->loop_fd,    client->stop_fd};
+    const int descriptor[] = {client->table_fd, client->channel_fd, client->order_fd, client->done_fd, client->loop_fd};
     for (unsigned i = 0; i < sizeof descriptor / sizeof *descriptor; i++)
         if (descriptor[i] >= 0)
             close(descriptor[i]);

@@ -12,6 +12,7 @@
 #include "stats.h"
 #include "word.h"
 #include <pthread.h>
+#include <signal.h>
 #include <stdbool.h>
 
 #define US_TABLE_SLOTS (1ull << 32) /* pages of one client, all regions together: 16 TiB */
@@ -80,7 +81,6 @@ struct us_region {
     us_word *word;
     struct us_pool *pool; /* NULL: the store is awaited */
     bool grow, closing_unmapped;
-    bool readahead;
     _Atomic bool closing;
     _Atomic uint32_t users; /* batches and workers that hold this region */
     _Atomic int64_t charged, leaving, kept;
@@ -93,7 +93,8 @@ struct us_region {
     _Atomic uint32_t upgrade; /* 0..256: how often a page read in is written soon */
     uint32_t sample;
     struct us_queue queue;
-    struct us_streams streams;
+    const struct us_prefetch *prefetch;
+    void *prefetch_state;
     struct us_counters count;
     struct us_histogram native, awaited;
 };
@@ -125,7 +126,7 @@ struct us_client {
     pthread_t server, worker;
     bool server_runs, worker_runs;
     int server_tid, worker_tid;
-    int stop_fd;
+    _Atomic bool server_ended;
     int placement; /* enum us_placement */
     int server_cpu; /* -1: not placed */
     bool worker_apart; /* the worker has a CPU of its own: it may spin */
@@ -149,10 +150,11 @@ uint64_t us_next_ticket(struct us_client *client);
 
 /* region.c */
 int us_region_open(struct us_client *client, uint64_t start, uint64_t pages, uint64_t base, uint64_t limit, struct us_pool *pool,
-                   int grow, int readahead, struct us_region **out);
+                   int grow, const struct us_prefetch *prefetch, struct us_region **out);
 int us_region_quiesce(struct us_region *region);
 void us_region_resume(struct us_region *region);
-int us_region_close(struct us_region *region, int unmapped);
+void us_region_detach(struct us_region *region, int unmapped);
+int us_region_free(struct us_region *region);
 void us_region_limit(struct us_region *region, uint64_t limit);
 struct us_region *us_region_find(struct us_client *client, uint64_t address);
 bool us_reserve(struct us_region *region, uint32_t pages, bool force);
@@ -173,6 +175,7 @@ uint8_t *us_run_buffer(void);
 const uint8_t *us_zero_page(void);
 
 /* server.c */
+#define US_SERVER_SIGNAL (SIGRTMIN + 1) /* ends the fault server's read */
 int us_serve(struct us_client *client, int rounds);
 void *us_server_main(void *client);
 int us_take_misses(struct us_client *client, struct us_miss *out, int most);

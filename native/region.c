@@ -124,8 +124,16 @@ void us_drop_copy(struct us_region *region, uint64_t handle, bool was_kept) {
     }
 }
 
+static void free_region(struct us_region *region) {
+    if (region->queue.entry)
+        munmap(region->queue.entry, region->queue.size * sizeof *region->queue.entry);
+    pthread_mutex_destroy(&region->queue.lock);
+    us_prefetch_free(region->prefetch_state);
+    free(region);
+}
+
 int us_region_open(struct us_client *client, uint64_t start, uint64_t pages, uint64_t base, uint64_t limit, struct us_pool *pool,
-                   int grow, int readahead, struct us_region **out) {
+                   int grow, const struct us_prefetch *prefetch, struct us_region **out) {
     if (!pages || pages > UINT32_MAX || base + pages > US_TABLE_SLOTS || (start & (US_PAGE - 1)))
         return -EINVAL;
     struct us_region *region = calloc(1, sizeof *region);
@@ -138,13 +146,13 @@ int us_region_open(struct us_client *client, uint64_t start, uint64_t pages, uin
     region->word = client->table + base;
     region->pool = pool;
     region->grow = grow != 0;
-    region->readahead = readahead != 0;
+    region->prefetch = prefetch;
+    region->prefetch_state = us_prefetch_new(prefetch);
     pthread_mutex_init(&region->queue.lock, NULL);
-    us_streams_init(&region->streams);
     us_region_limit(region, limit);
     pthread_rwlock_wrlock(&client->map_lock);
-    int rc = 0;
-    if (client->regions == client->regions_room) {
+    int rc = region->prefetch_state ? 0 : -ENOMEM;
+    if (rc == 0 && client->regions == client->regions_room) {
         uint32_t room = client->regions_room ? client->regions_room * 2 : 16;
         struct us_region **grown = realloc(client->region, room * sizeof *grown);
         if (grown) {
@@ -162,7 +170,7 @@ int us_region_open(struct us_client *client, uint64_t start, uint64_t pages, uin
     }
     pthread_rwlock_unlock(&client->map_lock);
     if (rc)
-        free(region);
+        free_region(region);
     else
         *out = region;
     return rc;
@@ -206,12 +214,10 @@ static void forget_pages(struct us_region *region) {
         fallocate(region->client->table_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)from, (off_t)(to - from));
 }
 
-/* After quiesce, and after every fill of the region has ended.  `unmapped`: the client's memory is gone already, its address
- * may be another region's by now. */
-int us_region_close(struct us_region *region, int unmapped) {
+/* After quiesce: no fault finds the region any more.  `unmapped`: the client's memory is gone already, its address may be
+ * another region's by now. */
+void us_region_detach(struct us_region *region, int unmapped) {
     struct us_client *client = region->client;
-    if (atomic_load(&region->users))
-        return -EBUSY;
     pthread_rwlock_wrlock(&client->map_lock);
     uint32_t at = 0;
     while (at < client->regions && client->region[at] != region)
@@ -223,10 +229,13 @@ int us_region_close(struct us_region *region, int unmapped) {
     pthread_rwlock_unlock(&client->map_lock);
     if (!unmapped)
         us_uffd_unregister(client->uffd, region->start, region->pages << US_PAGE_SHIFT);
+}
+
+/* After us_region_detach, once every fill has ended and every batch is free. */
+int us_region_free(struct us_region *region) {
+    if (atomic_load(&region->users))
+        return -EBUSY;
     forget_pages(region);
-    if (region->queue.entry)
-        munmap(region->queue.entry, region->queue.size * sizeof *region->queue.entry);
-    pthread_mutex_destroy(&region->queue.lock);
-    free(region);
+    free_region(region);
     return 0;
 }

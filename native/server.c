@@ -7,8 +7,7 @@
 #include "uffd.h"
 #include "pager.h"
 #include <fcntl.h>
-#include <poll.h>
-#include <sched.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,7 +15,6 @@
 #include <unistd.h>
 
 #define MESSAGES 16
-#define PLACE_EVERY_NS 5000000ull
 
 /* Park a fault for want of room: it sleeps on in the kernel until us_release wakes the region. */
 static bool park(struct us_region *region) {
@@ -149,8 +147,8 @@ static void serve_message(struct us_client *client, const struct us_uffd_message
     uint32_t index = (uint32_t)((address - region->start) >> US_PAGE_SHIFT);
     struct us_ahead ahead = {0, 0};
     enum us_state state = us_state_of(atomic_load(&region->word[index]));
-    if (region->readahead && (state == US_ZERO || state == US_STORED))
-        ahead = us_streams_fault(&region->streams, index);
+    if (state == US_ZERO || state == US_STORED)
+        ahead = region->prefetch->fault(region->prefetch_state, index);
     while (!answer(region, index, message->flags, ahead, now))
         continue;
     if (ahead.stride != 0 && ahead.stride != 1)
@@ -181,17 +179,27 @@ int us_serve(struct us_client *client, int rounds) {
     return served;
 }
 
+static void interrupted(int number) { (void)number; }
+
+/* The server sleeps in read(), which costs one system call a fault where poll() and read() cost two; a signal of its own
+ * ends it. */
+static int prepare_sleep(struct us_client *client) {
+    struct sigaction action = {.sa_handler = interrupted}; /* no SA_RESTART: the read ends with EINTR */
+    sigset_t mine;
+    sigemptyset(&mine);
+    sigaddset(&mine, US_SERVER_SIGNAL);
+    int flags = fcntl(client->uffd, F_GETFL);
+    if (sigaction(US_SERVER_SIGNAL, &action, NULL) || flags < 0 || fcntl(client->uffd, F_SETFL, flags & ~O_NONBLOCK))
+        return -errno;
+    return -pthread_sigmask(SIG_UNBLOCK, &mine, NULL);
+}
+
 void *us_server_main(void *argument) {
     struct us_client *client = argument;
-    struct pollfd wait[2] = {{.fd = client->uffd, .events = POLLIN}, {.fd = client->stop_fd, .events = POLLIN}};
     client->server_tid = (int)syscall(SYS_gettid);
-    while (!atomic_load(&client->stop)) {
-        if (poll(wait, 2, -1) < 0 && errno != EINTR)
-            break;
-        if (wait[0].revents & (POLLERR | POLLHUP | POLLNVAL))
-            break;
-        if (us_serve(client, 64) < 0)
-            break;
-    }
+    int rc = prepare_sleep(client);
+    while (rc >= 0 && !atomic_load(&client->stop))
+        rc = us_serve(client, 1);
+    atomic_store(&client->server_ended, true);
     return NULL;
 }

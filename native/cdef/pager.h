@@ -21,10 +21,11 @@ void us_client_quiet(struct us_client *client);
 void us_client_own_pool(struct us_client *client, struct us_pool *pool);
 
 int us_region_open(struct us_client *client, uint64_t start, uint64_t pages, uint64_t base, uint64_t limit,
-                   struct us_pool *pool, int grow, int readahead, struct us_region **out);
+                   struct us_pool *pool, int grow, const struct us_prefetch *prefetch, struct us_region **out);
 int us_region_quiesce(struct us_region *region);
 void us_region_resume(struct us_region *region);
-int us_region_close(struct us_region *region, int unmapped);
+void us_region_detach(struct us_region *region, int unmapped);
+int us_region_free(struct us_region *region);
 void us_region_limit(struct us_region *region, uint64_t limit);
 
 int us_serve(struct us_client *client, int rounds);
