@@ -45,7 +45,7 @@ def default_roots() -> list[Path]:
     return [Path(sysconfig.get_path("stdlib")), Path(sys.prefix, "lib"), Path("/usr/lib")]
 
 
-def choose(roots: Iterable[Path], capacity: int) -> list[Candidate]:
+def choose(roots: Iterable[Path], capacity: int, advance: Callable[[int], None]) -> list[Candidate]:
     """Files that fit into `capacity` bytes together, each once however many names it has."""
     chosen: list[Candidate] = []
     seen: set[tuple[int, int]] = set()
@@ -61,6 +61,7 @@ def choose(roots: Iterable[Path], capacity: int) -> list[Candidate]:
         seen.add(identity)
         chosen.append(Candidate(path, entry.st_size))
         room -= entry.st_size
+        advance(entry.st_size)
         if room < SMALL_REST:
             break
     return chosen

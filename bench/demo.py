@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import userswap
 from userswap.backends import grammar
-from userswap.bench import corpus
+from userswap.bench import corpus, sorting
 from userswap.bench.progress import Progress
 from userswap.engine import machine, probe
 from userswap.engine.errors import ConfigError, UnsupportedError
@@ -29,10 +29,6 @@ PAGE = probe.PAGE_SIZE
 MIB = 1 << 20
 USABLE_SHARE = 0.75
 """Of the free memory: data that does not compress takes a quarter more than its size."""
-SORT_PIECES = 32
-"""The array is worked on in so many pieces: between two, progress shows and Ctrl-C is heard."""
-SORT_VALUES = 1 << 24
-"""Values below this leave most bytes of each number zero, as numbers in programs do."""
 
 
 class PagedRegion(Protocol):
@@ -134,7 +130,10 @@ def make_plan(size: str, resident: str, store: str, seed: int, roots: list[Path]
     if wanted > affordable:
         notes.append(f"{size} asked for, but memory allows {grammar.format_size(affordable)}")
     capacity = min(wanted, affordable)
-    candidates = corpus.choose(roots, capacity)
+    progress = Progress(lambda: "found")
+    progress.begin("files", capacity)
+    candidates = corpus.choose(roots, capacity, progress.advance)
+    progress.end()
     found = sum(candidate.length for candidate in candidates)
     if not candidates:
         raise ConfigError(f"no file fits into {grammar.format_size(capacity)}")
@@ -229,60 +228,20 @@ def _sort_numbers(plan: Plan, open_region: OpenRegion, outcome: Outcome, numpy: 
         stage = Stage(region, outcome)
         array = numpy.frombuffer(region.memory, dtype=numpy.uint64)
         try:
-            steps = _pieces(len(array))
             stage.begin("write", size)
-            generator = numpy.random.default_rng(plan.seed)
-            for low, high in steps:
-                array[low:high] = generator.integers(0, SORT_VALUES, high - low, numpy.uint64)
-                stage.advance(8 * (high - low))
+            written = sorting.write(numpy, array, plan.seed, stage.advance)
             stage.end()
-            before = _fingerprint(numpy, array, steps)
             stage.begin("sort", size)
-            _sort(array, stage.advance)
+            sorting.sort(array, stage.advance)
             stage.end()
-            good = _fingerprint(numpy, array, steps) == before and _ascending(array, steps)
+            stage.begin("verify", size)
+            good = sorting.in_order(numpy, array, stage.advance) == written
+            stage.end()
         finally:
             del array  # or the region could not give its memory back
         outcome.sort_stats = region.stats()
         outcome.pages += size // PAGE
         outcome.lost += max(outcome.sort_stats.lost_pages, 0 if good else size // PAGE)
-
-
-def _pieces(count: int) -> list[tuple[int, int]]:
-    step = -(-count // SORT_PIECES)
-    return [(low, min(low + step, count)) for low in range(0, count, step)]
-
-
-def _sort(array: Any, advance: Callable[[int], None]) -> None:
-    """Quicksort, its upper levels taken one by one."""
-    grain = -(-len(array) // SORT_PIECES)
-    stack = [(0, len(array))]
-    while stack:
-        low, high = stack.pop()
-        if high - low <= grain:
-            array[low:high].sort()
-            advance(8 * (high - low))
-        else:
-            middle = (low + high) // 2
-            array[low:high].partition(middle - low)
-            stack += [(middle, high), (low, middle)]
-
-
-def _fingerprint(numpy: Any, array: Any, steps: list[tuple[int, int]]) -> tuple[int, int]:
-    """The same for the same numbers in any order."""
-    total = parity = 0
-    for low, high in steps:
-        total += int(array[low:high].sum())
-        parity ^= int(numpy.bitwise_xor.reduce(array[low:high]))
-    return total, parity
-
-
-def _ascending(array: Any, steps: list[tuple[int, int]]) -> bool:
-    """Whether each number is at least the one before it, across the pieces too."""
-    return all(
-        bool((array[max(low - 1, 0) : high - 1] <= array[max(low, 1) : high]).all())
-        for low, high in steps
-    )
 
 
 def held(stats: RegionStats) -> dict[str, int]:

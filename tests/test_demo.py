@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from support import run_child
-from userswap.bench import corpus
+from userswap.bench import corpus, sorting
 from userswap.bench.progress import Progress
 
 PAGE = 4096
@@ -33,15 +33,15 @@ def nothing(count: int) -> None:
 
 
 def test_files_are_chosen_once_and_only_if_they_fit(files: Path) -> None:
-    chosen = corpus.choose([files, files], 1 << 20)
+    chosen = corpus.choose([files, files], 1 << 20, nothing)
     assert sum(candidate.length for candidate in chosen) == 45000
     assert len(chosen) == 9  # neither the empty file, nor the links
-    assert corpus.choose([files], 8500)[0].length == 1000
-    assert corpus.choose([files / "nowhere"], 1 << 20) == []
+    assert corpus.choose([files], 8500, nothing)[0].length == 1000
+    assert corpus.choose([files / "nowhere"], 1 << 20, nothing) == []
 
 
 def test_pieces_are_intact_until_a_bit_changes(files: Path) -> None:
-    chosen = corpus.choose([files], 1 << 20)
+    chosen = corpus.choose([files], 1 << 20, nothing)
     memory = memoryview(bytearray(45000))
     pieces = corpus.load(memory, chosen, nothing)
     assert all(corpus.intact(memory, piece, nothing) for piece in pieces)
@@ -51,7 +51,7 @@ def test_pieces_are_intact_until_a_bit_changes(files: Path) -> None:
 
 
 def test_a_file_that_shrank_or_went_is_no_loss(files: Path) -> None:
-    chosen = corpus.choose([files], 1 << 20)
+    chosen = corpus.choose([files], 1 << 20, nothing)
     os.truncate(files / "5.bin", 10)
     (files / "6.bin").unlink()
     memory = memoryview(bytearray(45000))
@@ -79,6 +79,20 @@ def test_progress_is_a_line_at_times_or_one_that_renews_itself(
     assert progress.end() == 10
     assert stream.getvalue().count("\n") == lines
     assert "fill    50 %  5 of 10 MiB  1 MiB/s  7 faults" in stream.getvalue()
+
+
+@pytest.mark.parametrize("count", [1, 2, 31, 32, 33, 5000])
+def test_sorting_in_steps_sorts_and_a_changed_number_shows(count: int) -> None:
+    numpy = pytest.importorskip("numpy")
+    array = numpy.zeros(count, numpy.uint64)
+    written = sorting.write(numpy, array, 1, nothing)
+    sorting.sort(array, nothing)
+    assert sorting.in_order(numpy, array, nothing) == written
+    array[-1] += numpy.uint64(1)
+    assert sorting.in_order(numpy, array, nothing) != written
+    if count > 1:
+        array[0] = array[-1] + numpy.uint64(1)
+        assert sorting.in_order(numpy, array, nothing) is None
 
 
 def demo(*arguments: str, timeout: float = 100) -> subprocess.CompletedProcess[str]:
@@ -136,7 +150,7 @@ sys.exit(main(["demo", "--size", "8MiB"]))
         (["--size", "1GB"], "GiB"),
         (["--size", "8MiB", "--store", "rom:"], "unknown store 'rom'"),
         (["--size", "8MiB", "--resident", "0"], "resident"),
-        (["--size", "1"], "no file fits"),
+        (["--size", "0"], "no file fits"),
     ],
 )
 def test_what_cannot_be_is_exit_code_2(arguments: list[str], message: str) -> None:
