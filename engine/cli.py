@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
@@ -67,11 +67,13 @@ BENCHES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def command() -> int:
         parsed = make_parser(arguments).parse_args(arguments)
-    except SystemExit as leaving:  # argparse has printed the help or the usage error
-        return leaving.code if isinstance(leaving.code, int) else USAGE_ERROR
-    return run(parsed)
+        code: int = parsed.run(parsed)
+        return code
+
+    return guard(command)
 
 
 def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -114,15 +116,16 @@ def _add(commands: Any, command: Command, wanted: bool) -> None:
     if wanted:
         module = importlib.import_module(command.module)
         module.add_arguments(parser)
-        parser.description = textwrap.fill(parser.description or "", HELP_COLUMNS)
+        paragraphs = (parser.description or "").split("\n\n")
+        parser.description = "\n\n".join(textwrap.fill(text, HELP_COLUMNS) for text in paragraphs)
         parser.set_defaults(run=module.run)
 
 
-def run(parsed: argparse.Namespace) -> int:
-    """Run the parsed command with signals and errors turned into exit codes."""
+def guard(command: Callable[[], int]) -> int:
+    """Run a command with its signals and errors turned into exit codes."""
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        code: int = parsed.run(parsed)
+        code = command()
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("userswap: interrupted", file=sys.stderr)
@@ -131,8 +134,8 @@ def run(parsed: argparse.Namespace) -> int:
         # Whoever read our output has left; the interpreter's last flush must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
-    except SystemExit as leaving:
-        return leaving.code if isinstance(leaving.code, int) else 1
+    except SystemExit as leaving:  # argparse has printed its help or a usage error, or SIGTERM
+        return leaving.code if isinstance(leaving.code, int) else USAGE_ERROR
     except Exception as error:
         failure = exit_code(error)
         if failure is None:

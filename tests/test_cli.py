@@ -1,6 +1,5 @@
 """The command line: help, usage errors, exit codes, signals; what commands do is elsewhere."""
 
-import argparse
 import os
 import signal
 import subprocess
@@ -65,10 +64,6 @@ def test_usage_errors_are_2(arguments: list[str]) -> None:
     assert child.stdout == ""
 
 
-def parsed(run: object) -> argparse.Namespace:
-    return argparse.Namespace(run=run, json=False)
-
-
 @pytest.mark.parametrize(
     ("error", "code"),
     [
@@ -81,33 +76,33 @@ def parsed(run: object) -> argparse.Namespace:
 def test_errors_are_one_line_and_a_code(
     error: Exception, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(arguments: argparse.Namespace) -> int:
+    def fail() -> int:
         raise error
 
-    assert cli.run(parsed(fail)) == code
+    assert cli.guard(fail) == code
     assert capsys.readouterr().err == "userswap: bad\n"
 
 
 def test_our_own_mistakes_keep_their_traceback() -> None:
-    def fail(arguments: argparse.Namespace) -> int:
+    def fail() -> int:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        cli.run(parsed(fail))
+        cli.guard(fail)
 
 
 def test_interrupts_are_130(capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(arguments: argparse.Namespace) -> int:
+    def interrupted() -> int:
         raise KeyboardInterrupt
 
-    assert cli.run(parsed(interrupted)) == 130
+    assert cli.guard(interrupted) == 130
     assert capsys.readouterr().err == "userswap: interrupted\n"
 
 
 def test_sigterm_is_143_after_clean_up() -> None:
     cleaned = []
 
-    def terminated(arguments: argparse.Namespace) -> int:
+    def terminated() -> int:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
@@ -116,7 +111,7 @@ def test_sigterm_is_143_after_clean_up() -> None:
         return 0
 
     before = signal.getsignal(signal.SIGTERM)
-    assert cli.run(parsed(terminated)) == 143
+    assert cli.guard(terminated) == 143
     assert cleaned == [True]
     assert signal.getsignal(signal.SIGTERM) is before
 

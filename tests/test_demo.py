@@ -28,6 +28,16 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
+# An ordinary user has to ask for what root gets anyway.
+USER_MODE_HERE = """
+import functools
+import userswap
+from userswap.engine import probe
+limited = probe.service_level(probe.gather()).level == "user_mode_only"
+userswap.Region = functools.partial(userswap.Region, user_mode_only=limited)
+"""
+
+
 def nothing(count: int) -> None:
     pass
 
@@ -199,3 +209,15 @@ def test_a_signal_ends_it_and_leaves_no_pager(number: signal.Signals, code: int)
         if child.poll() is None:
             child.kill()
         child.communicate()
+
+
+def test_the_program_in_the_readme_runs() -> None:
+    readme = Path(__file__).parent.parent / "README.md"
+    program = readme.read_text().split("```python\n")[1].split("```")[0]
+    for written, small in {"1GiB": "32MiB", "256MiB": "8MiB", "128MiB": "4MiB"}.items():
+        assert written in program
+        program = program.replace(written, small)
+    child = run_child(program.replace("import userswap", USER_MODE_HERE))
+    assert child.returncode == 0, child.stderr
+    count = (32 << 20) // 8
+    assert float(child.stdout.split()[0]) == 1.5 * (count + -(-count // 1000))
