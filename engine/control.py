@@ -8,11 +8,14 @@ Must not know: what the messages mean.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import socket
 import threading
 from collections.abc import Sequence
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from userswap.engine.errors import PagerError, from_kind
@@ -34,93 +37,151 @@ def send(connection: socket.socket, message: Message, descriptors: Sequence[int]
 def receive(connection: socket.socket) -> tuple[Message | None, list[int]]:
     """Receive one message and its descriptors; (None, []) at the end of the connection.
 
-    Raises PagerError for what is not a JSON object; descriptors that came with it are closed.
+    Raises PagerError for what is not a whole JSON object; descriptors that came with it are closed.
     """
-    payload, descriptors, flags, _ = socket.recv_fds(connection, MESSAGE_MAX, DESCRIPTORS_MAX)
-    for descriptor in descriptors:
-        os.set_inheritable(descriptor, False)
-    if not payload:
+    payload, descriptors, flags, _ = socket.recv_fds(
+        connection, MESSAGE_MAX, DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC
+    )
+    if not payload and not descriptors:
         return None, []
     try:
-        message = json.loads(payload)
-        if not isinstance(message, dict) or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-            raise ValueError("truncated" if flags else "not an object")
-    except ValueError as error:
+        return _understand(payload, flags), descriptors
+    except (ValueError, RecursionError) as error:
         for descriptor in descriptors:
             os.close(descriptor)
         raise PagerError(f"a control message cannot be understood: {error}") from None
-    return message, descriptors
+
+
+def _understand(payload: bytes, flags: int) -> Message:
+    if flags & socket.MSG_TRUNC:
+        raise ValueError(f"it is longer than {MESSAGE_MAX} bytes")
+    if flags & socket.MSG_CTRUNC:
+        raise ValueError("descriptors that came with it were lost: raise `ulimit -n`")
+    message = json.loads(payload)
+    if not isinstance(message, dict):
+        raise ValueError("it is not an object")
+    return message
+
+
+class Pending:
+    """A request under way."""
+
+    def __init__(self) -> None:
+        self._answers: SimpleQueue[tuple[Message, list[int]] | PagerError] = SimpleQueue()
+
+    def settle(self, answer: tuple[Message, list[int]] | PagerError) -> None:
+        self._answers.put(answer)
+
+    def wait(self, timeout: float | None = None) -> Message:
+        """The answer, whose descriptors come as "descriptors".
+
+        Raises the error that the pager answered with; PagerError when it is gone, or when the time
+        is up.
+        """
+        try:
+            answer = self._answers.get(timeout=timeout)
+        except Empty:
+            raise PagerError(f"the pager has not answered for {timeout:g} s") from None
+        if isinstance(answer, PagerError):
+            raise answer
+        message, descriptors = answer
+        if not message.get("ok"):
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise from_kind(str(message.get("kind")), str(message.get("error")))
+        message["descriptors"] = descriptors
+        return message
 
 
 class Caller:
     """The client's end: requests from any thread, each waiting for its own answer.
 
-    Whichever waiting thread holds the receive lock reads for all of them.
+    One thread receives, and it is none of those that wait: a wait may be given up at any point.
+    Packets are whole or not at all, so that sending needs no lock.
     """
 
     def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self._send_lock = threading.Lock()
-        self._state = threading.Condition()
-        self._answers: dict[int, tuple[Message, list[int]]] = {}
-        self._waiting: set[int] = set()
-        self._receiving = False
-        self._last_id = 0
-        self._ended = False
+        self._connection = connection
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, Pending] = {}
+        self._why_ended: str | None = None
+        self._thread = threading.Thread(
+            target=self._receive_all, name="userswap-answers", daemon=True
+        )
+        self._thread.start()
 
-    def call(self, operation: str, /, descriptors: Sequence[int] = (), **arguments: Any) -> Message:
-        """Send a request and wait for its answer, whose descriptors come as "descriptors".
+    @property
+    def ended(self) -> bool:
+        """Whether there will be no more answers."""
+        return self._why_ended is not None
 
-        Raises the error that the pager answered with; PagerError when it is gone.
-        """
-        with self._state:
-            self._last_id += 1
-            number = self._last_id
-            self._waiting.add(number)
+    def begin(
+        self, operation: str, /, descriptors: Sequence[int] = (), **arguments: Any
+    ) -> Pending:
+        """Send a request; raises PagerError when it cannot be sent."""
+        number = next(self._numbers)
+        pending = self._waiting[number] = Pending()
         try:
-            try:
-                with self._send_lock:
-                    request = {"id": number, "op": operation, **arguments}
-                    send(self.connection, request, descriptors)
-            except OSError as error:
-                raise PagerError(f"the pager is gone ({error.strerror})") from None
-            answer, received = self._wait(number)
-        finally:
-            with self._state:
-                self._waiting.discard(number)
-        if not answer.get("ok"):
-            raise from_kind(str(answer.get("kind")), str(answer.get("error")))
-        answer["descriptors"] = received
-        return answer
+            send(self._connection, {"id": number, "op": operation, **arguments}, descriptors)
+        except OSError as error:
+            self._end(f"the pager is gone ({error.strerror})")
+        except BaseException:
+            self._waiting.pop(number, None)
+            raise
+        if self._why_ended is not None and self._waiting.pop(number, None):
+            raise PagerError(self._why_ended)
+        return pending
 
-    def _wait(self, number: int) -> tuple[Message, list[int]]:
-        while True:
-            with self._state:
-                while number not in self._answers and self._receiving and not self._ended:
-                    self._state.wait()
-                if number in self._answers:
-                    return self._answers.pop(number)
-                if self._ended:
-                    raise PagerError("the pager is gone")
-                self._receiving = True
-            message: Message | None = None
-            descriptors: list[int] = []
-            ended = False
-            try:
-                message, descriptors = receive(self.connection)
-                ended = message is None
-            except OSError:
-                ended = True
-            finally:
-                self._deliver(message, descriptors, ended)
+    def call(
+        self,
+        operation: str,
+        /,
+        descriptors: Sequence[int] = (),
+        *,
+        timeout: float | None = None,
+        **arguments: Any,
+    ) -> Message:
+        """Send a request and wait for its answer; see Pending.wait for what is raised."""
+        return self.begin(operation, descriptors, **arguments).wait(timeout)
 
-    def _deliver(self, message: Message | None, descriptors: list[int], ended: bool) -> None:
-        with self._state:
-            self._receiving = False
-            self._ended = self._ended or ended
-            if message is not None and message.get("id") in self._waiting:
-                self._answers[int(message["id"])] = (message, descriptors)
-            else:
-                for descriptor in descriptors:
-                    os.close(descriptor)
-            self._state.notify_all()
+    def close(self) -> None:
+        """End the connection, for the other side too."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._connection.close()
+
+    def abandon(self) -> None:
+        """In a forked child: let go of the copy of the connection, which stays the parent's."""
+        self._connection.close()
+
+    def _receive_all(self) -> None:
+        why = "the pager is gone"
+        try:
+            while True:
+                message, descriptors = receive(self._connection)
+                if message is None:
+                    break
+                self._deliver(message, descriptors)
+        except PagerError as error:
+            why = str(error)
+        except OSError:
+            pass
+        self._end(why)
+
+    def _deliver(self, message: Message, descriptors: list[int]) -> None:
+        number = message.get("id")
+        pending = self._waiting.pop(number, None) if isinstance(number, int) else None
+        if pending is not None:
+            pending.settle((message, descriptors))
+            return
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    def _end(self, why: str) -> None:
+        # First the reason, then those who wait: who comes later sees the reason.
+        self._why_ended = self._why_ended or why
+        for number in list(self._waiting):
+            pending = self._waiting.pop(number, None)
+            if pending is not None:
+                pending.settle(PagerError(self._why_ended))

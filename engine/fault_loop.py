@@ -28,7 +28,7 @@ MISSES_PER_DRAIN = 256
 RUN_PAGES_MAX = 32
 RETRY_FIRST_S = 0.001
 RETRY_MAX_S = 1.0
-WAIT_LIMIT_S = 5.0
+WAIT_LIMIT_S = 5
 SERVE_ROUNDS = 64
 """Reads of the userfaultfd in one turn of the loop: then signals and timers have theirs."""
 
@@ -84,6 +84,7 @@ class FaultLoop:
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting: dict[int, tuple[float, Served]] = {}
         self._told: set[int] = set()
+        self._parked_looks = 0
         self._buffers: list[Any] = []
 
     def attach(self) -> None:
@@ -178,6 +179,7 @@ class FaultLoop:
 
     def look_for_waiting(self) -> None:
         """Once a second: have the agent tell of a fault that waits too long."""
+        self._look_for_parked()
         now = time.monotonic()
         for ticket, (since, region) in self._waiting.items():
             if now - since > WAIT_LIMIT_S and ticket not in self._told:
@@ -187,7 +189,18 @@ class FaultLoop:
                     "or end this process"
                 )
 
+    def _look_for_parked(self) -> None:
+        parked = lib.us_client_parked(self.client)
+        self._parked_looks = self._parked_looks + 1 if parked != ffi.NULL else 0
+        if self._parked_looks == WAIT_LIMIT_S:
+            region = self.regions[int(ffi.cast("uintptr_t", parked))]
+            self.say(
+                f"region {region.name!r} is at its budget and nothing goes out to {region.url}; "
+                'discard data, raise resident or the store\'s limit, or use on_full="grow"'
+            )
+
     def say(self, text: str) -> None:
+        """Have the agent tell the client's user what a fault waits for."""
         lib.us_client_say(self.client, text.encode(), 1)
 
     async def cancel(self) -> None:

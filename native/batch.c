@@ -10,6 +10,10 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#define BACKOFF_FIRST_NS 2000000ull
+#define BACKOFF_MAX_NS 1000000000ull
+#define FULL_RETRY_NS 50000000ull /* between tries to write to a full store */
+
 uint32_t us_batch_number(const struct us_batch *batch) {
     return (uint32_t)(batch - batch->region->client->batch);
 }
@@ -105,15 +109,16 @@ static void stay(struct us_batch *batch, uint64_t pages, enum us_state from, enu
 /* Nothing could be taken: pinned, mlocked, shared after a fork.  Ask again later, and let faults pass meanwhile. */
 static void back_off(struct us_region *region, bool success) {
     if (success) {
-        region->backoff_ns = 0;
+        atomic_store(&region->backoff_ns, 0);
         if (atomic_load(&region->refused))
             atomic_store(&region->refused, false);
         return;
     }
-    region->backoff_ns = region->backoff_ns ? region->backoff_ns * 2 : 2000000;
-    if (region->backoff_ns > 1000000000)
-        region->backoff_ns = 1000000000;
-    atomic_store(&region->retry_ns, us_now() + region->backoff_ns);
+    uint64_t before = atomic_load(&region->backoff_ns);
+    uint64_t next = before ? before * 2 : BACKOFF_FIRST_NS;
+    next = next < BACKOFF_MAX_NS ? next : BACKOFF_MAX_NS;
+    atomic_store(&region->backoff_ns, next);
+    atomic_store(&region->retry_ns, us_now() + next);
     atomic_store(&region->refused, true);
     us_release(region, 0);
 }
@@ -172,7 +177,7 @@ void us_put_back(struct us_batch *batch, uint32_t slot) {
 void us_store_full(struct us_region *region) {
     us_count(&region->count.full, 1);
     atomic_store(&region->full, true);
-    atomic_store(&region->retry_ns, us_now() + 50000000);
+    atomic_store(&region->retry_ns, us_now() + FULL_RETRY_NS);
     us_release(region, 0);
 }
 
@@ -332,9 +337,11 @@ static bool reap_one(struct us_client *client) {
     return true;
 }
 
-void us_reap(struct us_client *client) {
+bool us_reap(struct us_client *client) {
+    bool reaped = false;
     while (reap_one(client))
-        continue;
+        reaped = true;
+    return reaped;
 }
 
 /* An order that the agent has not taken for 100 ms (stopped, traced, starved of CPU) is revoked: its pages stay where they are, and

@@ -28,6 +28,11 @@ void us_kick_worker(struct us_client *client) {
         signal_fd(client->done_fd);
 }
 
+void us_kick_helper(struct us_client *client) {
+    if (atomic_load(&client->helper_asleep) && atomic_exchange(&client->helper_asleep, 0))
+        signal_fd(client->helper_fd);
+}
+
 void us_tell_loop(struct us_client *client) {
     if (!atomic_exchange(&client->loop_told, 1))
         signal_fd(client->loop_fd);
@@ -99,6 +104,7 @@ int us_client_create(struct us_client **out, int uffd, int pid, uint64_t feature
     client->order_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     client->done_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     client->loop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    client->helper_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     client->miss = calloc(US_MISSES, sizeof *client->miss);
     client->table = table;
     client->channel = channel;
@@ -110,7 +116,7 @@ int us_client_create(struct us_client **out, int uffd, int pid, uint64_t feature
     pthread_mutex_init(&client->batch_lock, NULL);
     pthread_mutex_init(&client->miss_lock, NULL);
     if (client->table_fd < 0 || client->channel_fd < 0 || client->order_fd < 0 || client->done_fd < 0 || client->loop_fd < 0 ||
-        !client->miss) {
+        client->helper_fd < 0 || !client->miss) {
         int rc = client->table_fd < 0 ? client->table_fd : client->channel_fd < 0 ? client->channel_fd : -EMFILE;
         us_client_destroy(client);
         return rc;
@@ -149,6 +155,10 @@ int us_client_start(struct us_client *client, int native_server, int placement) 
     if (rc)
         return rc;
     client->worker_runs = true;
+    rc = start_thread(&client->helper, us_helper_main, client);
+    if (rc)
+        return rc;
+    client->helper_runs = true;
     if (native_server) {
         client->server_runs = true;
         rc = start_thread(&client->server, us_server_main, client);
@@ -162,6 +172,7 @@ int us_client_start(struct us_client *client, int native_server, int placement) 
 void us_client_stop(struct us_client *client) {
     atomic_store(&client->stop, true);
     signal_fd(client->done_fd);
+    signal_fd(client->helper_fd);
     /* a signal that comes just before the read is lost: send until the thread has ended */
     while (client->server_runs && !atomic_load(&client->server_ended)) {
         pthread_kill(client->server, US_SERVER_SIGNAL);
@@ -171,7 +182,9 @@ void us_client_stop(struct us_client *client) {
         pthread_join(client->server, NULL);
     if (client->worker_runs)
         pthread_join(client->worker, NULL);
-    client->server_runs = client->worker_runs = false;
+    if (client->helper_runs)
+        pthread_join(client->helper, NULL);
+    client->server_runs = client->worker_runs = client->helper_runs = false;
 }
 
 /* After us_client_stop and the close of every region. */
@@ -180,7 +193,8 @@ void us_client_destroy(struct us_client *client) {
         munmap(client->table, US_TABLE_SLOTS * sizeof(us_word));
     if (client->channel)
         munmap(client->channel, US_CHANNEL_TOTAL);
-    const int descriptor[] = {client->table_fd, client->channel_fd, client->order_fd, client->done_fd, client->loop_fd};
+    const int descriptor[] = {client->table_fd, client->channel_fd, client->order_fd,
+                              client->done_fd,  client->loop_fd,    client->helper_fd};
     for (unsigned i = 0; i < sizeof descriptor / sizeof *descriptor; i++)
         if (descriptor[i] >= 0)
             close(descriptor[i]);

@@ -6,6 +6,7 @@
  */
 #define _GNU_SOURCE
 #include "pager.h"
+#include "report.h"
 #include "uffd.h"
 #include <poll.h>
 #include <sched.h>
@@ -262,23 +263,44 @@ static int next_try(struct us_client *client) {
     return soonest;
 }
 
+/* Finish what has come back, and send out a batch more if a region is over its mark. */
+static bool work(struct us_client *client) {
+    bool progress = us_reap(client);
+    struct us_region *region = atomic_load(&client->gone) ? NULL : next_pressed(client);
+    if (region) {
+        progress |= evict(client, region);
+        if (region->pool && us_pool_wants_compaction(region->pool))
+            us_pool_compact(region->pool, COMPACT_MOVES);
+        atomic_fetch_sub(&region->users, 1);
+    }
+    return progress;
+}
+
 void *us_worker_main(void *argument) {
     struct us_client *client = argument;
     client->worker_tid = (int)syscall(SYS_gettid);
     while (!atomic_load(&client->stop)) {
-        us_reap(client);
-        struct us_region *region = atomic_load(&client->gone) ? NULL : next_pressed(client);
-        bool progress = false;
-        if (region) {
-            progress = evict(client, region);
-            if (region->pool && us_pool_wants_compaction(region->pool))
-                us_pool_compact(region->pool, COMPACT_MOVES);
-            atomic_fetch_sub(&region->users, 1);
-        }
-        if (progress)
+        if (work(client))
             continue;
         us_check_late(client);
         rest(client, next_try(client));
+    }
+    return NULL;
+}
+
+/* The worker's helper: on the faulting thread's CPU, which is idle while a fault is parked for want of room. */
+void *us_helper_main(void *argument) {
+    struct us_client *client = argument;
+    client->helper_tid = (int)syscall(SYS_gettid);
+    while (!atomic_load(&client->stop)) {
+        struct pollfd wait = {.fd = client->helper_fd, .events = POLLIN};
+        uint64_t count;
+        atomic_store(&client->helper_asleep, 1);
+        poll(&wait, 1, -1);
+        ssize_t ignored = read(client->helper_fd, &count, sizeof count);
+        (void)ignored;
+        while (!atomic_load(&client->stop) && us_client_parked(client) && work(client))
+            continue;
     }
     return NULL;
 }

@@ -60,6 +60,12 @@ static void step(struct us_exercise *exercise, uint64_t page, uint32_t thread, u
     }
 }
 
+static uint64_t next_page(const struct us_exercise *exercise, uint64_t page, uint64_t random) {
+    if (exercise->hot && random & 1)
+        return (random >> 1) % exercise->hot;
+    return (exercise->stride ? page + exercise->stride : random >> 1) % exercise->pages;
+}
+
 void us_exercise_run(struct us_exercise *exercise, uint32_t thread) {
     uint64_t state = exercise->seed * 6364136223846793005ull + thread * 1442695040888963407ull + 1, page = 0;
     uint32_t kind[4], kinds = 0;
@@ -71,7 +77,8 @@ void us_exercise_run(struct us_exercise *exercise, uint32_t thread) {
             kind[kinds++] = bit;
     for (uint64_t i = 1; i <= exercise->steps; i++) {
         uint64_t random = next_random(&state);
-        page = (exercise->stride ? page + exercise->stride : random >> 8) % exercise->pages;
+        if (exercise->burst < 2 || i % exercise->burst == 0)
+            page = next_page(exercise, page, random >> 8);
         step(exercise, page, thread, kind[random % 256 % kinds]);
         if (i % REPORT_EVERY == 0) {
             __atomic_fetch_add(&exercise->done, REPORT_EVERY, __ATOMIC_RELAXED);

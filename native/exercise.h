@@ -41,6 +41,8 @@ struct us_exercise {
     uint64_t seed;
     uint32_t kinds;   /* enum us_exercise_kind, or-ed: each step is one of them */
     uint32_t stride;  /* 0: pages at random, else each thread walks by so many pages */
+    uint32_t burst;   /* steps on a page before the next one */
+    uint32_t hot;     /* every second visit goes to one of so many pages: they are written as they are evicted */
     uint32_t *own;    /* pages * US_EXERCISE_THREADS, zeros at first: what own[] should hold */
     uint32_t *atomic; /* likewise, the increments of shared */
     uint32_t *locked; /* likewise, of locked and twin */

@@ -89,7 +89,7 @@ struct us_region {
     _Atomic bool full;        /* the store is full */
     _Atomic bool refused;     /* nothing could be taken from it lately: pinned, locked */
     _Atomic uint64_t retry_ns; /* no eviction before */
-    uint64_t backoff_ns;
+    _Atomic uint64_t backoff_ns;
     _Atomic uint32_t upgrade; /* 0..256: how often a page read in is written soon */
     uint32_t sample;
     struct us_queue queue;
@@ -111,7 +111,7 @@ struct us_client {
     pthread_rwlock_t map_lock;
     struct us_region **region; /* sorted by start */
     uint32_t regions, regions_room;
-    uint32_t round; /* where the next look for pressure starts */
+    _Atomic uint32_t round; /* where the next look for pressure starts */
     pthread_mutex_t batch_lock;
     struct us_batch batch[US_BATCHES];
     uint32_t order_posted, order_reaped;
@@ -123,9 +123,11 @@ struct us_client {
     uint32_t miss_head, miss_tail;
     _Atomic uint64_t ticket;
     _Atomic uint32_t loop_told;
-    pthread_t server, worker;
-    bool server_runs, worker_runs;
-    int server_tid, worker_tid;
+    pthread_t server, worker, helper;
+    bool server_runs, worker_runs, helper_runs;
+    int server_tid, worker_tid, helper_tid;
+    _Atomic uint32_t helper_asleep;
+    int helper_fd;
     _Atomic bool server_ended;
     int placement; /* enum us_placement */
     int server_cpu; /* -1: not placed */
@@ -145,6 +147,7 @@ void us_client_quiet(struct us_client *client);
 void us_client_own_pool(struct us_client *client, struct us_pool *pool);
 void us_tell_loop(struct us_client *client);
 void us_kick_worker(struct us_client *client);
+void us_kick_helper(struct us_client *client);
 uint64_t us_now(void);
 uint64_t us_next_ticket(struct us_client *client);
 
@@ -183,7 +186,8 @@ int us_put_miss(struct us_client *client, const struct us_miss *miss);
 
 /* evictor.c, batch.c */
 void *us_worker_main(void *client);
-void us_reap(struct us_client *client);
+void *us_helper_main(void *client);
+bool us_reap(struct us_client *client);
 struct us_batch *us_batch_take(struct us_client *client, struct us_region *region, uint32_t kind);
 void us_batch_free(struct us_batch *batch);
 uint64_t us_batch_mask(const struct us_batch *batch);

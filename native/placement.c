@@ -59,5 +59,6 @@ void us_place(struct us_client *client, uint32_t thread_id, uint64_t now) {
     bool same = client->placement == US_PLACE_SAME && CPU_ISSET((unsigned)cpu, &allowed);
     pin(client->server_tid, same ? &near : &apart);
     pin(client->worker_tid, client->worker_apart ? &apart : &allowed);
+    pin(client->helper_tid, same ? &near : &allowed);
     atomic_store(&client->channel->agent_cpu, cpu);
 }

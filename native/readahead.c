@@ -13,7 +13,7 @@
 #define DISTANCE_MAX 64 /* strides longer than this are taken for random access */
 
 struct stream {
-    int64_t next, stride;
+    int64_t last, stride; /* last: its latest demand fault */
     uint32_t window, used; /* used: for LRU */
 };
 
@@ -38,8 +38,17 @@ static bool is_recent(const struct streams *streams, int64_t page) {
 
 static struct us_ahead advance(struct streams *streams, struct stream *stream, int64_t page) {
     stream->used = ++streams->clock;
-    stream->next = page + stream->stride * (int64_t)(stream->window + 1);
+    stream->last = page;
     return (struct us_ahead){stream->stride, stream->window};
+}
+
+/* How many steps a fault is past a stream's latest one: up to one more than the window's edge, since one page there may have been
+ * resident; 0: it is not the stream's.  Inside the window means that the engine had to cut it short. */
+static int64_t steps_past(const struct stream *stream, int64_t page) {
+    if (!stream->window || (page - stream->last) % stream->stride)
+        return 0;
+    int64_t steps = (page - stream->last) / stream->stride;
+    return steps > 0 && steps <= (int64_t)stream->window + 2 ? steps : 0;
 }
 
 /* Three faults at one distance begin a stream. */
@@ -60,11 +69,12 @@ static struct us_ahead streams_fault(void *state, int64_t page) {
         struct stream *stream = &streams->stream[i];
         if (stream->used < oldest->used)
             oldest = stream;
-        int64_t past = page - stream->next;
-        if (stream->window && (past == 0 || past == stream->stride)) { /* one page may have been resident */
+        int64_t steps = steps_past(stream, page);
+        if (!steps)
+            continue;
+        if (steps > (int64_t)stream->window)
             stream->window = stream->window * 2 < WINDOW_MAX ? stream->window * 2 : WINDOW_MAX;
-            return advance(streams, stream, page);
-        }
+        return advance(streams, stream, page);
     }
     int64_t stride = find_stride(streams, page);
     if (!stride) {

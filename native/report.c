@@ -33,6 +33,17 @@ void us_region_report(struct us_region *region, struct us_report *out) {
     };
 }
 
+/* A region in which a fault waits for room; NULL: none. */
+struct us_region *us_client_parked(struct us_client *client) {
+    struct us_region *found = NULL;
+    pthread_rwlock_rdlock(&client->map_lock);
+    for (uint32_t i = 0; i < client->regions && !found; i++)
+        if (atomic_load(&client->region[i]->parked))
+            found = client->region[i];
+    pthread_rwlock_unlock(&client->map_lock);
+    return found;
+}
+
 /* Pages by state.  ZERO counts every page whose word was never written. */
 void us_region_census(struct us_region *region, uint64_t *pages) {
     for (unsigned i = 0; i < US_STATES; i++)

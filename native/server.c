@@ -21,8 +21,10 @@ static bool park(struct us_region *region) {
     atomic_store(&region->parked, 1);
     us_count(&region->count.parked, 1);
     us_kick_worker(region->client);
-    if (!us_reserve(region, 1, false))
+    if (!us_reserve(region, 1, false)) {
+        us_kick_helper(region->client);
         return true;
+    }
     return false; /* room came between the two looks, and is taken */
 }
 
@@ -106,16 +108,32 @@ static bool await_store(struct us_region *region, uint32_t index, uint64_t seen,
     return true;
 }
 
+struct fault {
+    struct us_region *region;
+    uint64_t flags, now;
+    uint32_t index;
+    bool asked; /* the prefetch policy is told once, and not of a fault that is parked: that one comes again */
+    struct us_ahead ahead;
+};
+
+static uint32_t ask_policy(struct fault *fault) {
+    if (!fault->asked)
+        fault->ahead = fault->region->prefetch->fault(fault->region->prefetch_state, fault->index);
+    fault->asked = true;
+    return fault->ahead.stride == 1 ? fault->ahead.count : 0;
+}
+
 /* True when the message is done with; false: the word changed under us, look again. */
-static bool answer(struct us_region *region, uint32_t index, uint64_t flags, struct us_ahead ahead, uint64_t now) {
+static bool answer(struct fault *fault) {
+    struct us_region *region = fault->region;
+    uint32_t index = fault->index, run;
     uint64_t seen = atomic_load(&region->word[index]);
-    bool write = flags & (US_FAULT_WRITE | US_FAULT_WP);
+    bool write = fault->flags & (US_FAULT_WRITE | US_FAULT_WP);
     enum us_state state = us_state_of(seen);
-    uint32_t run = ahead.stride == 1 ? ahead.count : 0;
     switch (state) {
     case US_CLEAN:
     case US_DIRTY:
-        return resolve_resident(region, index, seen, flags & US_FAULT_WP);
+        return resolve_resident(region, index, seen, fault->flags & US_FAULT_WP);
     case US_ZERO:
     case US_STORED:
     case US_LEAVING:
@@ -123,9 +141,10 @@ static bool answer(struct us_region *region, uint32_t index, uint64_t flags, str
             return true;
         if (state == US_LEAVING)
             return rescue(region, index, seen, write);
+        run = ask_policy(fault);
         if (state == US_STORED && !region->pool)
-            return await_store(region, index, seen, write, run, now);
-        return us_fill_native(region, index, seen, run, write, ahead.count != 0);
+            return await_store(region, index, seen, write, run, fault->now);
+        return us_fill_native(region, index, seen, run, write, fault->ahead.count != 0);
     case US_POISONED:
         us_uffd_poison(region->client->uffd, us_address(region, index), US_PAGE);
         us_uffd_wake(region->client->uffd, us_address(region, index), US_PAGE);
@@ -144,15 +163,12 @@ static void serve_message(struct us_client *client, const struct us_uffd_message
         us_uffd_wake(client->uffd, address, US_PAGE);
         return;
     }
-    uint32_t index = (uint32_t)((address - region->start) >> US_PAGE_SHIFT);
-    struct us_ahead ahead = {0, 0};
-    enum us_state state = us_state_of(atomic_load(&region->word[index]));
-    if (state == US_ZERO || state == US_STORED)
-        ahead = region->prefetch->fault(region->prefetch_state, index);
-    while (!answer(region, index, message->flags, ahead, now))
+    struct fault fault = {.region = region, .flags = message->flags, .now = now};
+    fault.index = (uint32_t)((address - region->start) >> US_PAGE_SHIFT);
+    while (!answer(&fault))
         continue;
-    if (ahead.stride != 0 && ahead.stride != 1)
-        us_read_strided(region, index, ahead, message->flags & US_FAULT_WRITE, now);
+    if (fault.ahead.stride != 0 && fault.ahead.stride != 1)
+        us_read_strided(region, fault.index, fault.ahead, message->flags & US_FAULT_WRITE, now);
     us_histogram_add(&region->native, us_now() - now);
 }
 

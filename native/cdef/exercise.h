@@ -11,6 +11,8 @@ struct us_exercise {
     uint64_t seed;
     uint32_t kinds;
     uint32_t stride;
+    uint32_t burst;
+    uint32_t hot;
     uint32_t *own;
     uint32_t *atomic;
     uint32_t *locked;
