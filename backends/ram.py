@@ -71,8 +71,9 @@ class RamStore(Store):
         table = self._table()
         for run in runs:
             count = len(pages_of(self, run))
-            place = ffi.from_buffer(run.buffer, require_writable=True)
-            done = lib.us_ram_read(table, run.index, count, place, self._error)
+            # `with`: an error's traceback must not hold on to the caller's buffer
+            with ffi.from_buffer(run.buffer, require_writable=True) as place:
+                done = lib.us_ram_read(table, run.index, count, place, self._error)
             if done < count:
                 raise self._failure("cannot be decompressed", run.index + done)
 
@@ -80,8 +81,8 @@ class RamStore(Store):
         table = self._table()
         for run in runs:
             count = len(pages_of(self, run))
-            place = ffi.from_buffer(run.buffer)
-            done = lib.us_ram_write(table, run.index, count, place, self._error)
+            with ffi.from_buffer(run.buffer) as place:
+                done = lib.us_ram_write(table, run.index, count, place, self._error)
             if done < count:
                 raise self._failure("cannot be kept", run.index + done)
 

@@ -12,8 +12,8 @@ The contract:
     or new, whole; other pages are untouched.
  4. A buffer belongs to the store until the await ends, and not a moment longer, also when the await
     ends by an exception or by cancellation.
- 5. Operations on disjoint pages may run at the same time and end in any order; callers never let two
-    operations overlap of which one writes or discards. Flush covers only writes that returned.
+ 5. Operations on disjoint pages may run at the same time and end in any order; callers never let
+    two operations overlap of which one writes or discards. Flush covers returned writes only.
  6. Only StoreErrors come out. After `aclose`, which is idempotent, every other call raises
     StoreFailedError.
 """
