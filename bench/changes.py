@@ -73,12 +73,13 @@ class ControlGroup(Change):
         folder = Path(self.path)
         if not folder.is_dir():
             return None
-        _empty(folder)
+        end_members(folder)
         folder.rmdir()
         return f"control group {folder.name} removed"
 
 
-def _empty(folder: Path, patience: float = 10.0) -> None:
+def end_members(folder: Path, patience: float = 10.0) -> None:
+    """End every process of a control group of ours."""
     deadline = time.monotonic() + patience
     while members := (folder / "cgroup.procs").read_text().split():
         for member in members:

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from userswap.bench.changes import Change, ControlGroup, GroupController
+from userswap.bench.changes import Change, ControlGroup, GroupController, end_members
 
 NAME = "userswap-bench"
 """What the names of our groups begin with."""
@@ -65,6 +65,10 @@ class Group:
 
     def members(self) -> list[int]:
         return [int(line) for line in (self.folder / "cgroup.procs").read_text().split()]
+
+    def empty(self) -> None:
+        """End what still runs in it."""
+        end_members(self.folder)
 
     def limit(self, amount: int | None) -> None:
         self._limit.write_text(self._no_limit if amount is None else str(amount))

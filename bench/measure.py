@@ -1,11 +1,12 @@
 """Measures one case: userswap and its rival in turns, at the same total memory, until every
 repetition is valid.
 
-The total is userswap's: its resident budget, and its pool and tables as a first run shows them,
-and the page tables that both sides need. The kernel's limit is then moved until its total is the
-same. A run that weighed more than 1 % over the total is void, a run of the kernel's side that
-weighed more than 1 % less, too (the comparison would be unfair to it); both are repeated, and so
-is a run that the OOM killer ended. All of them are reported.
+The total is what a first run of userswap's side weighed, all in: its resident budget, its pool
+and tables, the hardware's tables, what the pager took for itself. The kernel's limit is then
+moved until its total is the same. A run that weighed more than 1 % over the total is void, a run
+of the kernel's side that weighed more than 1 % less, too (the comparison would be unfair to it);
+both are repeated, and so is a run that the OOM killer ended. All of them are reported. A run is
+weighed from its first page to the end of its measured step.
 """
 
 from __future__ import annotations
@@ -30,8 +31,6 @@ ATTEMPTS = 6
 """Void runs in a row before the comparison is given up as impossible."""
 SHARE_GUESS = 0.45
 """Compressed size over size, until the first run has shown it."""
-TABLE_ENTRY = 8
-"""Bytes of hardware page table per page, charged to either side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +134,7 @@ class CaseMeasurement:
         if self.case.rival == "kernel" and "userswap" in sides:
             first = self._run_once("userswap")
             self.calibration.append(first)
-            self._set_budget(first)
+            self._set_total(first)
         if "kernel" in sides:
             self._run_valid("kernel", self.calibration, progress)
         for repetition in range(self.options.repetitions):
@@ -147,13 +146,11 @@ class CaseMeasurement:
                     f"{run.peak_bytes / MIB:.1f} MiB in all"
                 )
 
-    def _set_budget(self, run: Run) -> None:
-        """The total: the resident budget, what is kept compressed, and the hardware's tables."""
-        entries = self.options.pages(self.case) * TABLE_ENTRY
-        total = self.options.resident + run.compressed_bytes + entries
+    def _set_total(self, run: Run) -> None:
+        """The total is what userswap's first run weighed at its heaviest."""
         share = run.compressed_bytes / run.stored_bytes if run.stored_bytes else SHARE_GUESS
-        limit = (total - share * (self.options.size + entries)) / (1 - min(share, 0.9))
-        self.budget = Budget(total, int(limit), share)
+        limit = (run.peak_bytes - share * self.options.size) / (1 - min(share, 0.9))
+        self.budget = Budget(run.peak_bytes, int(limit), share)
 
     def _run_valid(self, side: str, runs: list[Run], progress: Callable[[str], None]) -> Run:
         for _ in range(ATTEMPTS):
@@ -196,9 +193,7 @@ class CaseMeasurement:
                 run.steps[step.name] = result
                 if step.name == self.case.measured:
                     self._take(run, result)
-                    self._weigh_store(run, session)
-            run.peak_bytes = session.weights.peak
-            run.weights = session.weights.samples
+                    self._weigh(run, session)
             session.ask("close")
 
     def _take(self, run: Run, result: dict[str, Any]) -> None:
@@ -207,8 +202,10 @@ class CaseMeasurement:
         run.accesses = result["accesses"]
         run.latencies = Histogram.from_pairs(result["latencies_ns"], result["highest_ns"])
 
-    def _weigh_store(self, run: Run, session: Session) -> None:
-        """What is stored compressed, and what that takes, at the end of the measured step."""
+    def _weigh(self, run: Run, session: Session) -> None:
+        """The heaviest so far, and at the end of the measured step what is stored compressed."""
+        run.peak_bytes = session.weights.peak
+        run.weights = list(session.weights.samples)
         run.swapped_bytes = self.rig.group.swapped()
         run.stats = session.ask("stats")
         if run.side == "kernel":

@@ -92,9 +92,10 @@ class Session:
     def _wait_until_empty(self, patience: float = 10.0) -> None:
         """A pager ends with its last client; what it holds must not weigh on the next run."""
         deadline = time.monotonic() + patience
-        while self._group.members():
+        while members := self._group.members():
             if time.monotonic() > deadline:
-                raise ToucherError(f"still running: {self._group.members()}")
+                self._group.empty()
+                raise ToucherError(f"the pager (process {members[0]}) outlived its client")
             time.sleep(0.005)
 
     def open(self, plan: dict[str, Any]) -> None:
