@@ -4,6 +4,9 @@ One per process, made by the first region and ended with the last. The client ke
 of the userfaultfd and of every memfd: if the last copy of a userfaultfd closed, evicted pages would
 silently read as zeros.
 
+Regions are opened and closed on the keeper's thread alone, so that no step of either can be lost to
+a signal, and no lock is held that a finalizer could want.
+
 Must not know: sizes, budgets, what a region's memory looks like to Python.
 """
 
@@ -12,20 +15,31 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import resource
+import select
 import socket
 import subprocess
 import sys
-import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
+from userswap.backends.grammar import format_size
 from userswap.engine import probe
-from userswap.engine.control import Caller, Message
+from userswap.engine.control import Caller, Message, Pending
 from userswap.engine.errors import ConfigError, PagerError, UnsupportedError
+from userswap.engine.keeper import Keeper
 from userswap.native import check, ffi, lib
 
 FAULT_PATHS = ("native", "asyncio")
 PLACEMENTS = ("none", "same", "other")
 START_TIMEOUT_S = 30.0
+END_TIMEOUT_S = 2.0
+"""How long the end of this process may wait for orders under way."""
+DEATH_NOTICE_S = 1.0
+"""How long the agent may take to tell of the pager's death, and to end this process."""
+PAGER_ADDRESS_SPACE = 33 << 30
+"""The page table's mapping, which is sparse, and the pager itself."""
 
 
 class Settings:
@@ -37,10 +51,11 @@ class Settings:
         for name, value, choices in (
             ("fault_path", fault_path, FAULT_PATHS),
             ("on_pager_death", on_pager_death, ("abort", "block")),
+            ("user_mode_only", user_mode_only, (False, True)),
             ("placement", placement, ("auto", *PLACEMENTS)),
         ):
             if value not in choices:
-                raise ConfigError(f"{name}={value!r}: use one of {', '.join(choices)}")
+                raise ConfigError(f"{name}={value!r}: use one of {', '.join(map(str, choices))}")
         self.fault_path = fault_path
         self.on_pager_death = on_pager_death
         self.user_mode_only = user_mode_only
@@ -64,6 +79,14 @@ def check_service(settings: Settings) -> None:
     ):
         hint = " (or user_mode_only=True)" if service.level == "user_mode_only" else ""
         raise UnsupportedError(f"{service.reason}: {service.remedy}{hint}")
+    # The soft limit is this process's own affair: the pager raises its own.
+    _, address_space = resource.getrlimit(resource.RLIMIT_AS)
+    if address_space != resource.RLIM_INFINITY and address_space < PAGER_ADDRESS_SPACE:
+        raise UnsupportedError(
+            f"the pager needs {format_size(PAGER_ADDRESS_SPACE)} of address space for its sparse "
+            f"page table, and RLIMIT_AS allows {format_size(address_space)}: raise the hard limit "
+            "(ulimit -Hv unlimited)"
+        )
 
 
 class Client:
@@ -76,18 +99,24 @@ class Client:
         self.regions: dict[int, tuple[int, int]] = {}
         """Open regions: id -> (start, bytes)."""
         self._descriptors: list[int] = []
+        self._pools: dict[tuple[int, int], tuple[int, set[int]]] = {}
+        """Memfds of pools: (device, inode) -> (descriptor, the regions that use it)."""
         self._agent: Any = None
-        self.uffd, self._staging_uffd, self.features = self._open_descriptors()
-        self._process, self.caller = self._start_pager()
+        self._pidfd = -1
+        self._process: subprocess.Popen[bytes] | None = None
+        self._caller: Caller | None = None
         try:
+            self.uffd, self._staging_uffd, self.features = self._open_descriptors()
+            self._start_pager()
             self._introduce()
         except BaseException:
             self.end()
             raise
 
     @property
-    def pager_pid(self) -> int:
-        return self._process.pid
+    def caller(self) -> Caller:
+        assert self._caller is not None
+        return self._caller
 
     def _open_descriptors(self) -> tuple[int, int, int]:
         out = ffi.new("int[2]")
@@ -100,13 +129,13 @@ class Client:
         self._descriptors += [out[0], out[1]]
         return out[0], out[1], features[0]
 
-    def _start_pager(self) -> tuple[subprocess.Popen[bytes], Caller]:
+    def _start_pager(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         module = "userswap.engine.pager"
         command = [sys.executable, "-P", "-m", module, "--embedded", str(theirs.fileno())]
         try:
             # Its own session: a terminal's Ctrl-C ends the client first, and the pager with it.
-            process = subprocess.Popen(
+            self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
@@ -118,65 +147,157 @@ class Client:
             raise PagerError(f"the pager cannot be started ({error})") from None
         finally:
             theirs.close()
-        check(lib.us_agent_allow(process.pid))
-        return process, Caller(ours)
+        self._caller = Caller(ours)
+        self._pidfd = os.pidfd_open(self._process.pid)
+        self._descriptors.append(self._pidfd)
+        check(lib.us_agent_allow(self._process.pid))
 
     def _introduce(self) -> None:
-        self.caller.connection.settimeout(START_TIMEOUT_S)
-        hello = self.caller.call(
-            "hello",
-            [self.uffd],
-            pid=os.getpid(),
-            features=self.features,
-            fault_path=self.settings.fault_path,
-            placement=PLACEMENTS.index(self.settings.placement),
-            canary=int(os.environ.get("USERSWAP_CANARY", "0")),
-        )
-        self.caller.connection.settimeout(None)
+        assert self._process is not None
+        hello = self._hello(self._process)
         self._descriptors += hello["descriptors"]
         _table, channel, order, done = hello["descriptors"]
-        pidfd = os.pidfd_open(self._process.pid)
-        self._descriptors.append(pidfd)
         options = ffi.new("struct us_agent_options *")
         options.channel_fd, options.order_fd, options.done_fd = channel, order, done
         options.uffd, options.staging_uffd = self.uffd, self._staging_uffd
-        options.pager_pidfd, options.pager_pid = pidfd, self._process.pid
+        options.pager_pidfd, options.pager_pid = self._pidfd, self._process.pid
         options.abort_on_death = self.settings.on_pager_death == "abort"
         agent = ffi.new("struct us_agent **")
         check(lib.us_agent_start(agent, options))
         self._agent = agent[0]
         self.call("agent", staging=lib.us_agent_staging(self._agent))
 
+    def _hello(self, process: subprocess.Popen[bytes]) -> Message:
+        try:
+            return self.caller.call(
+                "hello",
+                [self.uffd],
+                timeout=START_TIMEOUT_S,
+                pid=os.getpid(),
+                features=self.features,
+                fault_path=self.settings.fault_path,
+                placement=PLACEMENTS.index(self.settings.placement),
+                canary=int(os.environ.get("USERSWAP_CANARY", "0")),
+            )
+        except PagerError:
+            if not self.caller.ended:
+                raise
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(DEATH_NOTICE_S)
+            raise PagerError(
+                f"the pager ({sys.executable}) ended as it started, with status "
+                f"{process.returncode}; its standard error says why"
+            ) from None
+
     def call(self, operation: str, /, **arguments: Any) -> Message:
-        """A request to the pager; descriptors that an answer brings are kept open."""
+        """A request to the pager."""
         if os.getpid() != self.owner_pid:
             raise PagerError("a region belongs to the process that made it: open one of your own")
-        answer = self.caller.call(operation, **arguments)
-        self._descriptors += answer["descriptors"]
-        return answer
+        try:
+            return self.caller.call(operation, **arguments)
+        except PagerError:
+            if self.caller.ended:
+                self._hear_the_agent()
+            raise
+
+    def _hear_the_agent(self) -> None:
+        """The pager is dead: let the agent act on it before anybody here does."""
+        if self._agent is None:
+            return
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        if poll.poll(DEATH_NOTICE_S * 1000):
+            time.sleep(DEATH_NOTICE_S if self.settings.on_pager_death == "abort" else 0.05)
+
+    def open_region(self, start: int, size: int, request: dict[str, Any]) -> tuple[int, str]:
+        """On the keeper's thread: have a fresh range of memory paged. Returns number and name."""
+        answer = self.call("open", start=start, **request)
+        number, name = int(answer["region"]), str(answer["name"])
+        self._hold_pool(number, answer["descriptors"])
+        self.regions[number] = (start, size)
+        try:
+            check(lib.us_agent_register(self.uffd, start, size))
+        except OSError as error:
+            self.call("close", region=number, unmapped=True)
+            self._forget(number)
+            raise UnsupportedError(f"the memory cannot be registered ({error})") from None
+        return number, name
+
+    def close_region(self, number: int, unmap: Callable[[], None]) -> None:
+        """On the keeper's thread: unmap a region's memory once no order on it is under way.
+
+        What `unmap` raises leaves the region in service.
+        """
+        try:
+            self.call("quiesce", region=number)
+        except PagerError:
+            if not self.caller.ended:
+                raise
+            self._stop_agent()  # it alone still acts on the memory
+        try:
+            unmap()
+        except BaseException:
+            with contextlib.suppress(PagerError):
+                self.call("resume", region=number)
+            raise
+        with contextlib.suppress(PagerError):
+            self.call("close", region=number, unmapped=True)
+        self._forget(number)
+
+    def _hold_pool(self, number: int, descriptors: list[int]) -> None:
+        """Keep the memfd of a region's pool once, however many regions share it."""
+        for descriptor in descriptors:
+            status = os.fstat(descriptor)
+            held, users = self._pools.setdefault(
+                (status.st_dev, status.st_ino), (descriptor, set())
+            )
+            users.add(number)
+            if held != descriptor:
+                os.close(descriptor)
+
+    def _forget(self, number: int) -> None:
+        del self.regions[number]
+        for key, (descriptor, users) in list(self._pools.items()):
+            users.discard(number)
+            if not users:
+                del self._pools[key]
+                os.close(descriptor)
 
     def quiet(self) -> None:
-        """At the process's end: no order may reach memory that is being torn down."""
+        """At the process's end: no order may reach memory that is being torn down.
+
+        It waits for the orders under way, but not for ever: the pager may be stopped.
+        """
+        deadline = time.monotonic() + END_TIMEOUT_S
         with contextlib.suppress(PagerError):
-            self.call("quiet")
+            requests: list[Pending] = [self.caller.begin("quiet")]
+            requests += [self.caller.begin("quiesce", region=number) for number in [*self.regions]]
+            for request in requests:
+                request.wait(max(deadline - time.monotonic(), 0.001))
 
     def end(self) -> None:
         """Let the pager go. Only when no region is open."""
-        if self._agent is not None:
-            lib.us_agent_stop(self._agent)  # from here on its end is expected
-            self._agent = None
-        self.caller.connection.close()
-        try:
-            self._process.wait(START_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self.close_descriptors()
+        self._stop_agent()  # from here on the pager's end is expected
+        if self._caller is not None:
+            self._caller.close()
+        if self._process is not None:
+            try:
+                self._process.wait(START_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._close_descriptors()
 
-    def close_descriptors(self) -> None:
-        for descriptor in self._descriptors:
+    def _stop_agent(self) -> None:
+        if self._agent is not None:
+            lib.us_agent_stop(self._agent)
+            self._agent = None
+
+    def _close_descriptors(self) -> None:
+        for descriptor in (*self._descriptors, *(pool[0] for pool in self._pools.values())):
             os.close(descriptor)
         self._descriptors.clear()
+        self._pools.clear()
 
     def forked(self) -> None:
         """In a forked child: nothing here is the child's.
@@ -186,22 +307,19 @@ class Client:
         """
         for start, length in self.regions.values():
             lib.us_agent_bar(start, length)
-        self.close_descriptors()
-        self.caller.connection.close()
-        self._process.returncode = 0  # not the child's to wait for
+        self._close_descriptors()
+        if self._caller is not None:
+            self._caller.abandon()
+        if self._process is not None:
+            self._process.returncode = 0  # not the child's to wait for
 
 
-_lock = threading.RLock()
 _client: Client | None = None
-
-
-def lock() -> threading.RLock:
-    """Held while regions are opened and closed."""
-    return _lock
+keeper = Keeper(lambda: _client is not None)
 
 
 def acquire(settings: Settings) -> Client:
-    """This process's client, started if there is none; the caller holds the lock."""
+    """This process's client, started if there is none; on the keeper's thread."""
     global _client
     if _client is None:
         _client = Client(settings)
@@ -211,11 +329,16 @@ def acquire(settings: Settings) -> Client:
 
 
 def release(client: Client) -> None:
-    """End the client if its last region is closed; the caller holds the lock."""
+    """End the client if it has no open region; on the keeper's thread."""
     global _client
     if not client.regions and client is _client:
         _client = None
         client.end()
+
+
+def own_threads() -> int:
+    """Threads of this process that are the engine's, and touch no region."""
+    return keeper.runs + (2 if _client is not None else 0)
 
 
 @atexit.register
@@ -225,8 +348,8 @@ def _at_exit() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _client, _lock
-    _lock = threading.RLock()
+    global _client, keeper
+    keeper = Keeper(lambda: _client is not None)
     if _client is not None:
         _client.forked()
         _client = None

@@ -128,8 +128,8 @@ class Caller:
         except BaseException:
             self._waiting.pop(number, None)
             raise
-        if self._why_ended is not None and self._waiting.pop(number, None):
-            raise PagerError(self._why_ended)
+        if self._why_ended is not None:
+            self._end(self._why_ended)  # it may have ended before this one waited
         return pending
 
     def call(
@@ -171,9 +171,8 @@ class Caller:
 
     def _deliver(self, message: Message, descriptors: list[int]) -> None:
         number = message.get("id")
-        pending = self._waiting.pop(number, None) if isinstance(number, int) else None
-        if pending is not None:
-            pending.settle((message, descriptors))
+        if isinstance(number, int) and number in self._waiting:
+            self._waiting.pop(number).settle((message, descriptors))
             return
         for descriptor in descriptors:
             os.close(descriptor)

@@ -1,8 +1,8 @@
 """The one thread that opens and closes regions, so that nothing can come between their steps.
 
-Signal handlers, and with them KeyboardInterrupt, run in the main thread only: work that is done here
-is done to its end, also when the one who asked for it no longer waits. Finalizers run in any thread,
-whatever locks it holds: they leave their work here and go on.
+Signal handlers, and with them KeyboardInterrupt, run in the main thread only: work that is done
+here is done to its end, also when the one who asked for it no longer waits. Finalizers run in any
+thread, whatever locks it holds: they leave their work here and go on.
 
 Must not know: what the jobs do.
 """
@@ -55,7 +55,6 @@ class Keeper:
                 thread.start()
                 self._thread = thread
             self._jobs.put(step)
-        del step, job
         result = outcome.get()
         if isinstance(result, BaseException):
             try:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import resource
+import sys
 import time
 import warnings
 from types import TracebackType
@@ -19,10 +21,11 @@ from typing import Any, Self
 
 from userswap.backends.grammar import GrammarError, format_size, parse_size
 from userswap.engine import client as clients
+from userswap.engine import probe
 from userswap.engine.client import Client, Settings
-from userswap.engine.errors import ConfigError, PagerError, ResidentError, UnsupportedError
+from userswap.engine.errors import ConfigError, ResidentError, UnsupportedError, UserswapError
 from userswap.engine.stats import RegionStats
-from userswap.native import check, ffi, lib
+from userswap.native import ffi, lib
 
 PAGE = 4096
 PAGES_MIN = 256
@@ -32,20 +35,38 @@ PAGES_PER_THREAD = 8
 SIZE_MAX = 1 << 44
 NORESERVE = 0x4000
 RESIZE_STALL_S = 5.0
-POLL_S = 0.0005
+POLL_FIRST_S = 0.0005
+POLL_MAX_S = 0.02
+NAME_MAX = 128
+MADV_COLD = 20
 
 
 class _Mapping(mmap.mmap):
     """The memory of a region; ends with the last buffer on it."""
 
-    region: Region | None = None
+    client: Client | None = None
+    number = 0
+    name = ""
 
     def __del__(self) -> None:
-        if self.region is not None:
-            self.region._end(unmapped=False)
+        if self.client is not None and self.client.owner_pid == os.getpid():
+            # A finalizer may run anywhere: the keeper's job holds the memory until it can go.
+            clients.keeper.leave(self._end_unseen)
+
+    def end(self) -> None:
+        """Unmap, on the keeper's thread; BufferError while buffers are alive."""
+        client = self.client
+        if client is not None:
+            client.close_region(self.number, super().close)
+            self.client = None
+            clients.release(client)
+
+    def _end_unseen(self) -> None:
+        with contextlib.suppress(UserswapError):
+            self.end()
 
     def close(self) -> None:
-        if self.region is not None:
+        if self.client is not None:
             raise ConfigError("this memory belongs to a region: close the region")
         super().close()
 
@@ -99,56 +120,35 @@ class Region:
         placement: str = "auto",
         prefetch: str = "streams",
     ) -> None:
-        self._client: Client | None = None
         self._mapping: _Mapping | None = None
+        self.name = _check_name(name)
         if on_full not in ("grow", "stall"):
             raise ConfigError(f"on_full={on_full!r}: use grow or stall")
         settings = Settings(fault_path, on_pager_death, user_mode_only, placement)
         self.size = _parse("size", size)
-        limit = _check_resident(_parse("resident", resident, self.size))
-        with clients.lock():
-            mapping, start = _map_memory(self.size)
-            client = clients.acquire(settings)
-            try:
-                _refuse_mergeable(start)
-                answer = client.call(
-                    "open",
-                    start=start,
-                    pages=self.size // PAGE,
-                    limit=limit,
-                    store=store,
-                    name=name,
-                    grow=on_full == "grow",
-                    prefetch=prefetch,
-                )
-                self._id: int = answer["region"]
-                client.regions[self._id] = (start, self.size)
-                self.name: str = answer["name"]
-                try:
-                    check(lib.us_agent_register(client.uffd, start, self.size))
-                except OSError as error:
-                    client.call("close", region=self._id, unmapped=True)
-                    del client.regions[self._id]
-                    raise UnsupportedError(f"the memory cannot be registered ({error})") from None
-            except BaseException:
-                clients.release(client)
-                raise
-        self._client = client
-        self._mapping = mapping
-        mapping.region = self
-        self._memory: memoryview | None = memoryview(mapping)
+        self._limit = _check_resident(_parse("resident", resident, self.size))
+        request = {
+            "pages": self.size // PAGE,
+            "limit": self._limit,
+            "store": store,
+            "name": name,
+            "grow": on_full == "grow",
+            "prefetch": prefetch,
+        }
+        self._mapping = clients.keeper.run(lambda: _open(settings, self.size, request))
+        self.name = self._mapping.name
+        self._memory = memoryview(self._mapping)
 
     @property
     def memory(self) -> memoryview:
         """The region's bytes, writable. Slices and arrays on it keep the memory alive."""
-        if self._memory is None:
-            raise ValueError("the region is closed")
+        self._open_mapping()
         return self._memory
 
     @property
     def resident(self) -> int:
         """The budget in bytes."""
-        return self.stats().resident_limit
+        return self._limit
 
     def stats(self) -> RegionStats:
         """A snapshot of sizes, page states, faults and latencies."""
@@ -162,17 +162,20 @@ class Region:
         """
         limit = _check_resident(_parse("resident", resident, self.size))
         self._call("limit", limit=limit)
-        least, deadline = None, 0.0
+        self._limit = limit
+        least, deadline, pause = None, 0.0, POLL_FIRST_S
         while True:
             stats = self.stats()
-            if stats.resident_bytes + stats.kept_bytes <= limit:
+            held = stats.resident_bytes + stats.kept_bytes
+            if held <= limit:
                 return
             now = time.monotonic()
-            if least is None or stats.resident_bytes < least:
-                least, deadline = stats.resident_bytes, now + RESIZE_STALL_S
+            if least is None or held < least:
+                least, deadline = held, now + RESIZE_STALL_S
             if now > deadline:
                 raise ResidentError(_why_not(stats, limit))
-            time.sleep(POLL_S)
+            time.sleep(pause)
+            pause = min(pause * 2, POLL_MAX_S)
 
     def prefetch(self, offset: int, length: int) -> None:
         """Bring stored pages of a range into memory, as far as the budget reaches."""
@@ -191,38 +194,32 @@ class Region:
         self._call("flush")
 
     def close(self) -> None:
-        """Give the memory and the stored pages back.
+        """Give the memory and the stored pages back; again, it does nothing.
 
         While a buffer on the memory is alive (a numpy array, a slice) the region stays in service
         until the last one goes, and a ResourceWarning says so: unmapping under it would crash.
         """
-        if self._memory is None:
+        self._close(stacklevel=3)
+
+    def _close(self, stacklevel: int) -> None:
+        mapping = self._mapping
+        if mapping is None or sys.is_finalizing():
             return
-        if self._client is None or os.getpid() != self._client.owner_pid:
+        if mapping.client is None or mapping.client.owner_pid != os.getpid():
             return  # a forked child: the region is the parent's
         with contextlib.suppress(BufferError):
             self._memory.release()
-        self._memory = None
-        mapping, self._mapping = self._mapping, None
-        if mapping is None:
-            return
-        with clients.lock():
-            self._quiesce()
-            mapping.region = None
-            try:
-                mapping.close()
-            except BufferError:
-                mapping.region = self
-                self._call("resume")
-            else:
-                self._end(unmapped=True)
-                return
-        warnings.warn(
-            f"region {self.name!r}: buffers on its memory are still alive; it stays in service "
-            "until the last one goes",
-            ResourceWarning,
-            stacklevel=2,
-        )
+        try:
+            clients.keeper.run(mapping.end)
+        except BufferError:
+            warnings.warn(
+                f"region {self.name!r}: buffers on its memory are still alive; it stays in "
+                "service until the last one goes",
+                ResourceWarning,
+                stacklevel=stacklevel,
+            )
+        finally:
+            self._mapping = None
 
     def __enter__(self) -> Self:
         return self
@@ -233,15 +230,22 @@ class Region:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        self._close(stacklevel=3)
 
     def __repr__(self) -> str:
         return f"<userswap.Region {getattr(self, 'name', '?')!r} of {format_size(self.size)}>"
 
+    def _open_mapping(self) -> _Mapping:
+        if self._mapping is None:
+            raise ValueError(f"region {self.name!r} is closed")
+        return self._mapping
+
     def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:
-        if self._client is None:
-            raise ValueError("the region is closed")
-        return self._client.call(operation, region=self._id, **arguments)
+        mapping = self._open_mapping()
+        client = mapping.client
+        if client is None:  # another thread closes it
+            raise ValueError(f"region {self.name!r} is closed")
+        return client.call(operation, region=mapping.number, **arguments)
 
     def _range(self, offset: int, length: int) -> tuple[int, int]:
         if offset < 0 or length < 0 or offset + length > self.size:
@@ -249,21 +253,26 @@ class Region:
         first = offset // PAGE
         return first, -(-(offset + length) // PAGE) - first
 
-    def _quiesce(self) -> None:
-        """Wait until no order on the memory is under way, and none will come."""
-        self._call("quiesce")
 
-    def _end(self, *, unmapped: bool) -> None:
-        """The last step, once: called by close, or by the mapping when its last buffer went."""
-        client, self._client = self._client, None
-        if client is None or os.getpid() != client.owner_pid:
-            return
-        with clients.lock(), contextlib.suppress(PagerError):
-            if not unmapped:
-                client.call("quiesce", region=self._id)
-            client.call("close", region=self._id, unmapped=unmapped)
-            client.regions.pop(self._id, None)
-            clients.release(client)
+def _open(settings: Settings, size: int, request: dict[str, Any]) -> _Mapping:
+    mapping, start = _map_memory(size)
+    client = clients.acquire(settings)
+    try:
+        mapping.number, mapping.name = client.open_region(start, size, request)
+    except BaseException:
+        clients.release(client)
+        raise
+    mapping.client = client
+    return mapping
+
+
+def _check_name(name: str | None) -> str:
+    """Names go into messages of one line."""
+    if name is None:
+        return ""
+    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= NAME_MAX:
+        raise ConfigError(f"name={name!r}: use 1 to {NAME_MAX} printable characters")
+    return name
 
 
 def _parse(what: str, value: int | str, whole: int | None = None) -> int:
@@ -277,15 +286,17 @@ def _parse(what: str, value: int | str, whole: int | None = None) -> int:
 
 
 def _threads() -> int:
-    return len(os.listdir("/proc/self/task"))
+    """Threads of this process that may touch memory."""
+    return len(os.listdir("/proc/self/task")) - clients.own_threads()
 
 
 def _check_resident(limit: int) -> int:
-    least = (PAGES_MIN + PAGES_PER_THREAD * _threads()) * PAGE
+    threads = _threads()
+    least = (PAGES_MIN + PAGES_PER_THREAD * threads) * PAGE
     if limit < least:
         raise ConfigError(
             f"resident: {format_size(limit)} is below the minimum of {format_size(least)} (1MiB, "
-            f"and 32KiB for each of the {_threads()} threads)"
+            f"and 32KiB for each of the {threads} threads)"
         )
     return limit
 
@@ -296,33 +307,43 @@ def _map_memory(size: int) -> tuple[_Mapping, int]:
         mapping = _Mapping(-1, size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     except (OSError, OverflowError, ValueError) as error:
         raise UnsupportedError(_why_no_memory(size, error)) from None
-    return mapping, int(ffi.cast("uintptr_t", ffi.from_buffer(mapping)))
+    start = int(ffi.cast("uintptr_t", ffi.from_buffer(mapping)))
+    if lib.us_probe_merging() == 1:
+        raise UnsupportedError(
+            "the memory is mergeable (KSM), which drops write protection: start the program "
+            "without PR_SET_MEMORY_MERGE (systemd: MemoryKSM=no)"
+        )
+    _check_ordinary(mapping, start)
+    return mapping, start
 
 
 def _why_no_memory(size: int, error: Exception) -> str:
-    import resource
-
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    with open("/proc/sys/vm/overcommit_memory", encoding="ascii") as file:
-        overcommit = file.read().strip()
     cause = f"{format_size(size)} of address space cannot be mapped ({error})"
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         return f"{cause}: RLIMIT_AS is {format_size(limit)}; raise it (ulimit -v unlimited)"
-    if overcommit == "2":
+    if probe.read_number("/proc/sys/vm/overcommit_memory") == 2:
         return f"{cause}: vm.overcommit_memory is 2; set it to 0 or 1 (sysctl -w)"
     return cause
 
 
-def _refuse_mergeable(start: int) -> None:
-    """KSM drops write protection without telling: a page could change unseen."""
-    flags = _mapping_flags(start)
-    if "mg" in flags:
-        raise UnsupportedError(
-            "the memory is mergeable (KSM), which drops write protection: switch it off for this "
-            "process (prctl PR_SET_MEMORY_MERGE)"
-        )
-    if "ht" in flags:
-        raise UnsupportedError("hugetlb memory cannot be paged: map ordinary pages")
+def _check_ordinary(mapping: _Mapping, start: int) -> None:
+    """Refuse memory of which the kernel moves no page: locked or hugetlb.
+
+    MADV_COLD refuses the same two, and costs one call; what the memory is, is looked up only then.
+    """
+    try:
+        mmap.mmap.madvise(mapping, MADV_COLD)
+    except OSError:
+        flags = _mapping_flags(start)
+        if "ht" in flags:
+            raise UnsupportedError("hugetlb memory cannot be paged: map ordinary pages") from None
+        if "lo" in flags:
+            raise UnsupportedError(
+                "this process locks the memory it maps, and locked pages cannot leave: no "
+                "mlockall(MCL_FUTURE), please"
+            ) from None
+        raise
 
 
 def _mapping_flags(start: int) -> list[str]:
@@ -344,6 +365,9 @@ def _why_not(stats: RegionStats, limit: int) -> str:
         cause = "the client's agent thread does not run (stopped, traced or starved of CPU)"
     elif stats.store_full:
         cause = f"the store {stats.store} is full"
+    elif stats.staging_bytes:
+        pending = format_size(stats.staging_bytes)
+        cause = f"the store {stats.store} has not accepted {pending} yet"
     else:
         cause = "its pages cannot be taken (mlocked, pinned by I/O, or shared with a forked child)"
     return f"region {stats.name!r} is still {over} over its budget: {cause}"

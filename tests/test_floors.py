@@ -32,6 +32,7 @@ FLOORS = {
     "engine/stats.py": 2,
     "engine/client.py": 3,
     "engine/control.py": 3,
+    "engine/keeper.py": 3,
     "engine/region.py": 3,
     "engine/evictor.py": 4,
     "engine/fault_loop.py": 4,
