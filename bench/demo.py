@@ -60,7 +60,10 @@ class Phase:
     name: str
     size: int
     seconds: float
+    served: int
+    """Faults that brought a page or let a write through."""
     faults: dict[str, int]
+    """All messages by what became of them, those that were put off included."""
 
 
 @dataclass(slots=True)
@@ -184,22 +187,29 @@ class Stage:
         self._progress = Progress(self._note)
         self._name, self._size = "", 0
         self._before: dict[str, int] = {}
+        self._served_before = 0
         self.advance = self._progress.advance
 
     def _note(self) -> str:
         stats = self._region.stats()
-        return f"{stats.faults_native + stats.faults_awaited} faults  ratio {stats.ratio:.1f}"
+        return f"{_served(stats)} faults  ratio {stats.ratio:.1f}"
 
     def begin(self, name: str, size: int) -> None:
         self._name, self._size = name, size
-        self._before = dict(self._region.stats().faults)
+        stats = self._region.stats()
+        self._before, self._served_before = stats.faults, _served(stats)
         self._progress.begin(name, size)
 
     def end(self) -> None:
         seconds = self._progress.end()
-        after = self._region.stats().faults
-        faults = {kind: count - self._before.get(kind, 0) for kind, count in after.items()}
-        self._outcome.phases.append(Phase(self._name, self._size, seconds, faults))
+        stats = self._region.stats()
+        faults = {kind: count - self._before[kind] for kind, count in stats.faults.items()}
+        served = _served(stats) - self._served_before
+        self._outcome.phases.append(Phase(self._name, self._size, seconds, served, faults))
+
+
+def _served(stats: RegionStats) -> int:
+    return stats.faults_native + stats.faults_awaited
 
 
 def _page_files(plan: Plan, open_region: OpenRegion, outcome: Outcome) -> None:
@@ -293,9 +303,8 @@ def as_text(plan: Plan, outcome: Outcome) -> str:
     ]
     for phase in outcome.phases:
         rate = phase.size / MIB / max(phase.seconds, 1e-9)
-        faults = sum(phase.faults.values())
         speed = f"{grammar.format_size(phase.size)} in {phase.seconds:.1f} s, {rate:.0f} MiB/s"
-        rows.append((phase.name, f"{speed}, {faults} faults"))
+        rows.append((phase.name, f"{speed}, {phase.served} faults"))
     if outcome.files_stats:
         rows += _memory_rows(plan.size, outcome.files_stats)
     rows += [("note", note) for note in (*plan.notes, *outcome.notes)]
