@@ -51,6 +51,8 @@ def choose(roots: Iterable[Path], capacity: int, advance: Callable[[int], None])
     seen: set[tuple[int, int]] = set()
     room = capacity
     for path in _walk(roots):
+        if room == 0:
+            break
         try:
             entry = path.lstat()
         except OSError:

@@ -188,7 +188,7 @@ def pagers_of(pid: int) -> list[int]:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_it_and_leaves_no_pager(number: signal.Signals, code: int) -> None:
     child = subprocess.Popen(
-        [sys.executable, "-m", "userswap", "demo", "--size", "1GiB"],
+        [sys.executable, "-m", "userswap", "demo", "--size", "192MiB"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
