@@ -143,7 +143,7 @@ void us_pool_free(struct us_pool *pool, uint64_t handle) {
     const struct us_class *class;
     pthread_mutex_lock(&pool->slots.lock);
     const uint64_t *place = us_slots_find(&pool->slots, handle, &class);
-    uint32_t length = place ? us_header_length(*place) : 0;
+    uint32_t length = place ? us_header_length(__atomic_load_n(place, __ATOMIC_RELAXED)) : 0;
     US_POOL_ASSERT(length); /* freed before, or never an object */
     if (length) {
         pool->objects--;

@@ -53,7 +53,11 @@ static uint64_t handle_at(const struct us_class *class, uint32_t number, uint32_
     return (uint64_t)number * UNITS + index * class->size / US_SLOT_UNIT;
 }
 
-static bool is_free(uint64_t header) { return !us_header_length(header) && !(header & US_HEADER_BUSY); }
+/* Atomic, because a put makes BUSY an object without the lock; neither is free. */
+static bool is_free(const uint64_t *place) {
+    uint64_t header = __atomic_load_n(place, __ATOMIC_RELAXED);
+    return !us_header_length(header) && !(header & US_HEADER_BUSY);
+}
 
 uint64_t *us_slots_find(const struct us_slots *slots, uint64_t handle, const struct us_class **class) {
     uint64_t number = handle / UNITS;
@@ -268,7 +272,7 @@ static uint64_t pop_slot(struct us_slots *slots, struct us_class *class, uint32_
     uint32_t index = block->free;
     if (index != SLOT_END) {
         uint64_t *header = header_at(slots, class, number, index);
-        US_POOL_ASSERT(is_free(*header));
+        US_POOL_ASSERT(is_free(header));
         block->free = (uint16_t)(*header >> US_HEADER_SLOT_SHIFT);
 #ifdef US_DEBUG
         uint8_t *data = us_slots_data(slots, class, handle_at(class, number, index));
@@ -300,7 +304,7 @@ int us_slots_take(struct us_slots *slots, uint32_t length, uint64_t *handle) {
 static void drop_slot(struct us_slots *slots, struct us_class *class, uint32_t number, uint32_t index) {
     struct us_block *block = &slots->blocks.block[number];
     uint64_t *header = header_at(slots, class, number, index), next = SLOT_END;
-    US_POOL_ASSERT(!is_free(*header));
+    US_POOL_ASSERT(!is_free(header));
 #ifdef US_DEBUG
     memset(us_slots_data(slots, class, handle_at(class, number, index)), FREED, class->size - US_SLOT_HEADER);
 #endif
@@ -364,7 +368,7 @@ static uint64_t find_target(struct us_slots *slots, struct us_class *class, uint
             return pop_slot(slots, class, class->head[list]);
     for (; *low < index; ++*low) {
         uint64_t *header = header_at(slots, class, from, *low);
-        if (is_free(*header)) {
+        if (is_free(header)) {
             __atomic_store_n(header, US_HEADER_BUSY, __ATOMIC_RELAXED);
             slots->blocks.block[from].used++;
             class->used++;
@@ -389,7 +393,7 @@ static bool move_object(struct us_slots *slots, struct us_class *class, uint64_t
 static void settle_block(struct us_slots *slots, struct us_class *class, uint32_t number) {
     struct us_block *block = &slots->blocks.block[number];
     uint32_t end = block->fresh;
-    while (end && is_free(*header_at(slots, class, number, end - 1)))
+    while (end && is_free(header_at(slots, class, number, end - 1)))
         end--;
     __atomic_store_n(&block->fresh, (uint16_t)end, __ATOMIC_RELAXED);
     uint32_t keep = (end * class->size + US_PAGE_BYTES - 1) / US_PAGE_BYTES, surplus = block->pages - keep;
@@ -407,7 +411,7 @@ static void settle_block(struct us_slots *slots, struct us_class *class, uint32_
     block->free = SLOT_END;
     for (uint32_t index = block->fresh; index-- > 0;) {
         uint64_t *header = header_at(slots, class, number, index);
-        if (is_free(*header)) {
+        if (is_free(header)) {
             __atomic_store_n(header, (uint64_t)block->free << US_HEADER_SLOT_SHIFT, __ATOMIC_RELAXED);
             block->free = (uint16_t)index;
         }
