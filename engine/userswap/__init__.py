@@ -1,7 +1,7 @@
 """Swap in user space: a program's memory, paged to a store of your choice within a budget.
 
-`Region` and its statistics are imported when they are first asked for: the command line's help must not wait for
-the C core.
+`Region` and its statistics are imported when they are first asked for: the command line's help must
+not wait for the C core.
 """
 
 from __future__ import annotations
