@@ -27,6 +27,8 @@ LAPS = 3
 """Accesses measured, over the pages there are."""
 ROOM_FOR_ALL = 256 * MIB
 TOLERANCE = 0.01
+GRAIN = MIB
+"""The kernel charges a group in steps of 256 KiB per CPU: less than this is not a difference."""
 ATTEMPTS = 6
 """Void runs in a row before the comparison is given up as impossible."""
 SHARE_GUESS = 0.45
@@ -109,11 +111,12 @@ class Budget:
         """Why a run is void; empty where it is valid."""
         if self.total is None:
             return ""
-        excess = run.peak_bytes / self.total - 1
-        if excess > TOLERANCE:
-            return f"{excess:.1%} over its budget"
-        if run.side == "kernel" and excess < -TOLERANCE:
-            return f"{-excess:.1%} under the budget"
+        excess = run.peak_bytes - self.total
+        tolerated = max(TOLERANCE * self.total, GRAIN)
+        if excess > tolerated:
+            return f"{excess / self.total:.1%} over its budget"
+        if run.side == "kernel" and excess < -tolerated:
+            return f"{-excess / self.total:.1%} under the budget"
         return ""
 
 

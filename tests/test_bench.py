@@ -113,10 +113,10 @@ def test_the_kernels_limit_moves_until_the_totals_agree() -> None:
 
 
 def test_a_run_off_its_budget_is_void() -> None:
-    budget = Budget(total=1000, limit=0)
-    assert "over" in budget.verdict(Run("userswap", 0, peak_bytes=1011))
-    assert "under" in budget.verdict(Run("kernel", 0, peak_bytes=989))
-    assert budget.verdict(Run("userswap", 0, peak_bytes=500)) == ""
+    budget = Budget(total=1000 << 20, limit=0)
+    assert "over" in budget.verdict(Run("userswap", 0, peak_bytes=1011 << 20))
+    assert "under" in budget.verdict(Run("kernel", 0, peak_bytes=989 << 20))
+    assert budget.verdict(Run("userswap", 0, peak_bytes=500 << 20)) == ""
 
 
 def run_of(side: str, seconds: float, **fields: Any) -> Run:
@@ -392,3 +392,17 @@ def test_a_tiny_run_of_the_bare_loop(capsys: pytest.CaptureFixture[str]) -> None
     assert cli.main(["bench", "kernel", *words, "--cases", "fault", "terabyte"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert [case["runs"][0]["bad"] for case in document["cases"]] == [0, 0]
+
+
+@pytest.mark.privileged
+@pytest.mark.usefixtures("machine_unchanged")
+def test_a_tiny_comparison(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--size", "32MiB", "--repetitions", "1", "--json", "--cases"]
+    assert cli.main(["bench", "kernel", *words, "random-update", "fault"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    for case in document["cases"]:
+        assert {run["side"] for run in case["runs"] if run["valid"]} == set(case["summary"])
+        assert len(case["summary"]) == 2
+        ours = [run for run in case["runs"] if run["side"] == "userswap"]
+        assert [(run["bad"], run["swapped_bytes"]) for run in ours if run["valid"]] == [(0, 0)]
+    assert "random-update: time" in {goal["name"] for goal in document["goals"]}
