@@ -97,7 +97,7 @@ class Connection:
             service.start(int(request["staging"]))
             return {}, []
         if operation == "quiet":
-            service.quiet()
+            await service.quiet()
             return {}, []
         if operation == "open":
             return await service.open(request)

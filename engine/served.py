@@ -31,6 +31,8 @@ POLL_FIRST_S = 0.0001
 POLL_MAX_S = 0.005
 CHUNK = 64
 PREFETCH_TRIES = 200
+QUIET_TRIES = 200
+"""One second: a client whose agent is stopped must be able to end."""
 COUNTS = ("zero", "load", "awaited", "rescue", "protect", "spurious", "forgotten", "parked")
 
 
@@ -280,9 +282,12 @@ class ClientService:
             "max_us": at(1.0),
         }
 
-    def quiet(self) -> None:
-        """The client ends: no more orders. Its faults are still answered."""
-        lib.us_client_quiet(self.native)
+    async def quiet(self) -> None:
+        """The client ends: return when no order is open. Its faults are still answered."""
+        tries = 0
+        while lib.us_client_quiet(self.native) and tries < QUIET_TRIES:
+            tries += 1
+            await asyncio.sleep(POLL_MAX_S)
 
     async def end(self) -> None:
         """The client is gone: free everything that was its own."""

@@ -28,6 +28,7 @@ struct us_batch *us_batch_take(struct us_client *client, struct us_region *regio
     pthread_mutex_lock(&client->batch_lock);
     /* revoked orders hold places of the ring until the agent has passed them: leave one for each batch */
     bool room = client->order_posted - client->order_reaped <= US_ORDERS - 2 * US_BATCHES;
+    room = room && (kind == US_BATCH_DISCARD || !atomic_load(&client->quiet));
     for (uint32_t i = 0; room && i < US_BATCHES && !found; i++) {
         struct us_batch *batch = &client->batch[i];
         uint32_t state = atomic_load(&batch->state);

@@ -206,8 +206,18 @@ void us_client_destroy(struct us_client *client) {
     free(client);
 }
 
-/* The client is about to end: no eviction any more, so that no order is carried out on memory that is being torn down. */
-void us_client_quiet(struct us_client *client) { atomic_store(&client->quiet, true); }
+/* The client is about to end: no eviction any more, so that no order is carried out on memory that is being torn down.  Returns
+ * how many orders are still open: ask again until none is. */
+int us_client_quiet(struct us_client *client) {
+    atomic_store(&client->quiet, true);
+    pthread_mutex_lock(&client->batch_lock);
+    int open = (int)(client->order_posted - client->order_reaped);
+    for (uint32_t i = 0; i < US_BATCHES; i++)
+        open += atomic_load(&client->batch[i].state) == US_BATCH_BUILDING;
+    pthread_mutex_unlock(&client->batch_lock);
+    us_kick_worker(client);
+    return open;
+}
 
 /* A pool moves an object by swapping the one reference to it: the page's word, while that is neither being read nor written. */
 static int relocate(void *owner, uint64_t slot, uint64_t from, uint64_t to) {

@@ -131,6 +131,7 @@ struct us_client {
     _Atomic bool server_ended;
     int placement; /* enum us_placement */
     int server_cpu; /* -1: not placed */
+    uint32_t looks_elsewhere;
     bool worker_apart; /* the worker has a CPU of its own: it may spin */
     uint64_t placed_ns;
 };
@@ -143,7 +144,7 @@ int us_client_start(struct us_client *client, int native_server, int placement);
 void us_client_stop(struct us_client *client);
 void us_client_destroy(struct us_client *client);
 void us_client_say(struct us_client *client, const char *text, int waiting);
-void us_client_quiet(struct us_client *client);
+int us_client_quiet(struct us_client *client);
 void us_client_own_pool(struct us_client *client, struct us_pool *pool);
 void us_tell_loop(struct us_client *client);
 void us_kick_worker(struct us_client *client);

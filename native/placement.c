@@ -13,6 +13,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#define LOOKS_TO_MOVE 4 /* threads on several CPUs must not make the server hop between them */
 #define LOOK_EVERY_NS 5000000ull /* between looks at where the faulting thread runs: reading it costs about 10 us */
 
 /* Field 39 of /proc/PID/task/TID/stat; -1 if it cannot be read. */
@@ -45,8 +46,11 @@ void us_place(struct us_client *client, uint32_t thread_id, uint64_t now) {
         return;
     client->placed_ns = now;
     int cpu = cpu_of_thread(client->pid, thread_id);
-    if (cpu < 0 || cpu == client->server_cpu)
+    bool elsewhere = cpu >= 0 && cpu != client->server_cpu;
+    client->looks_elsewhere = elsewhere ? client->looks_elsewhere + 1 : 0;
+    if (!elsewhere || (client->server_cpu >= 0 && client->looks_elsewhere < LOOKS_TO_MOVE))
         return;
+    client->looks_elsewhere = 0;
     client->server_cpu = cpu;
     cpu_set_t allowed, near, apart;
     if (sched_getaffinity(getpid(), sizeof allowed, &allowed)) /* the main thread's: what this process was given */

@@ -17,7 +17,7 @@ int us_client_start(struct us_client *client, int native_server, int placement);
 void us_client_stop(struct us_client *client);
 void us_client_destroy(struct us_client *client);
 void us_client_say(struct us_client *client, const char *text, int waiting);
-void us_client_quiet(struct us_client *client);
+int us_client_quiet(struct us_client *client);
 void us_client_own_pool(struct us_client *client, struct us_pool *pool);
 
 int us_region_open(struct us_client *client, uint64_t start, uint64_t pages, uint64_t base, uint64_t limit,
