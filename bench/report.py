@@ -17,7 +17,22 @@ from userswap.bench.measure import MIB, Options, Run
 from userswap.engine.machine import Machine
 
 SCHEMA = "userswap.bench.kernel/1"
-HEADINGS = ("case", "side", "us", "ratio", "p50", "p99", "p99.9", "CPU s", "MiB", "runs", "void")
+NOISE = 0.05
+"""A disturbance above this makes times doubtful."""
+HEADINGS = (
+    "case",
+    "side",
+    "us",
+    "least",
+    "ratio",
+    "p50",
+    "p99",
+    "p99.9",
+    "CPU s",
+    "MiB",
+    "runs",
+    "void",
+)
 
 
 @dataclass(slots=True)
@@ -77,6 +92,13 @@ class Result:
         return [*reached, *(goals.of_idle(self.idle) if self.idle else [])]
 
     @property
+    def disturbance(self) -> float:
+        """Share of the CPUs' time that others took while runs were measured."""
+        runs = [run for each in self.cases for run in each.runs if run.valid]
+        taken = sum(run.others_cpu_seconds for run in runs)
+        return taken / max(sum(run.seconds for run in runs) * self.machine.cpus_online, 1e-9)
+
+    @property
     def pages_verified(self) -> int:
         runs = [run for each in self.cases for run in each.everything]
         return sum(step["accesses"] for run in runs for step in run.steps.values())
@@ -95,6 +117,7 @@ def as_json(result: Result) -> dict[str, Any]:
             "zram": result.zram,
         },
         "options": asdict(result.options),
+        "disturbance": result.disturbance,
         "cases": [_case_json(each) for each in result.cases],
         "idle": asdict(result.idle) if result.idle else None,
         "goals": [{**asdict(goal), "reached": goal.reached} for goal in result.goals],
@@ -137,13 +160,22 @@ def _heading(result: Result) -> str:
     cpus = ", ".join(map(str, options.cpus))
     return (
         f"{options.size / MIB:.0f} MiB of memory, {options.resident / MIB:.0f} MiB resident, "
-        f"data: {options.data}; the kernel's side swaps to {result.zram} (lz4) and gets the same "
-        f"total memory\n"
+        f"data: {options.data}; kernel swap: {result.zram} (lz4), {_fairness(result)}\n"
         f"{result.machine.cpu_model}, Linux {result.kernel}, governor {result.governor}; "
         f"CPUs {cpus}; pinned cases touch from CPU {options.cpus[0]}\n"
-        f"us: time per access (median of the runs), {result.clock_ns:.0f} ns of it for the clock; "
-        f"p50, p99, p99.9: single accesses in us; CPU s: all processes"
+        f"us: time per access, median and least of the runs, {result.clock_ns:.0f} ns of it for "
+        f"the clock; p50, p99, p99.9: single accesses in us; CPU s: all processes\n"
+        f"others took {result.disturbance:.0%} of the CPUs meanwhile{_warning(result)}"
     )
+
+
+def _fairness(result: Result) -> str:
+    fair = "userswap" in result.options.sides
+    return "at the same total memory" if fair else "its limit is the resident size"
+
+
+def _warning(result: Result) -> str:
+    return ": measure again when the machine is quiet" if result.disturbance > NOISE else ""
 
 
 def _rows(each: CaseResult) -> list[tuple[str, ...]]:
@@ -159,6 +191,7 @@ def _rows(each: CaseResult) -> list[tuple[str, ...]]:
                 each.case.title if not rows else "",
                 side,
                 f"{found.microseconds:.2f}",
+                f"{found.microseconds_lowest:.2f}",
                 f"{ratio:.2f}" if ratio is not None else "",
                 *(f"{ns / 1000:.1f}" for ns in (found.p50_ns, found.p99_ns, found.p999_ns)),
                 f"{found.cpu_seconds:.2f}",

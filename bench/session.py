@@ -11,6 +11,7 @@ Must not know: budgets, repetitions, which of the sides is the better one.
 from __future__ import annotations
 
 import json
+import os
 import selectors
 import subprocess
 import sys
@@ -115,11 +116,14 @@ class Session:
         self.weights.samples.append((moment, self._group.usage() - self._floor, outside))
 
     def step(self, name: str) -> dict[str, Any]:
-        """Run a step of the plan; its result, with the CPU time of all processes."""
-        before = self.cpu_seconds()
+        """Run a step of the plan; its result, with the CPU time that its own processes took, and
+        that everybody else on the machine took meanwhile."""
+        own, everybody = self.cpu_seconds(), busy_seconds() - time.process_time()
         result = self.ask("step", name=name)
         self.weigh()
-        return {**result, "cpu_seconds": self.cpu_seconds() - before}
+        used = self.cpu_seconds() - own
+        others = busy_seconds() - time.process_time() - everybody - used
+        return {**result, "cpu_seconds": used, "others_cpu_seconds": max(0.0, others)}
 
     def cpu_seconds(self) -> float:
         """CPU time so far of all processes in the group."""
@@ -164,6 +168,13 @@ def cpu_seconds(pid: int) -> float:
         return time.clock_gettime(clock)
     except OSError:
         return 0.0  # it has just ended
+
+
+def busy_seconds() -> float:
+    """CPU time that the machine's CPUs were not idle, or were taken from it by its host."""
+    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    user, nice, system, _, _, *interrupts_and_steal = map(int, fields[:8])
+    return (user + nice + system + sum(interrupts_and_steal)) / os.sysconf("SC_CLK_TCK")
 
 
 def vmstat(name: str) -> int:
