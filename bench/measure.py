@@ -30,8 +30,8 @@ TOLERANCE = 0.01
 GRAIN = MIB
 """The kernel charges a group in steps of 256 KiB per CPU: less than this is not a difference."""
 ATTEMPTS = 10
-"""Void runs in a row before the comparison is given up as impossible. The OOM killer strikes some of
-the kernel's runs at limits that others live with."""
+"""Void runs in a row before the comparison is given up. The OOM killer strikes some of the kernel's
+runs at limits that others live with."""
 SHARE_GUESS = 0.45
 """Compressed size over size, until the first run has shown it."""
 
