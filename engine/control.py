@@ -8,6 +8,7 @@ Must not know: what the messages mean.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import itertools
 import json
@@ -39,9 +40,14 @@ def receive(connection: socket.socket) -> tuple[Message | None, list[int]]:
 
     Raises PagerError for what is not a whole JSON object; descriptors that came with it are closed.
     """
-    payload, descriptors, flags, _ = socket.recv_fds(
-        connection, MESSAGE_MAX, DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC
-    )
+    # socket.recv_fds has no way to ask for CLOEXEC: a child started meanwhile would inherit them.
+    received = array.array("i")
+    room = socket.CMSG_SPACE(DESCRIPTORS_MAX * received.itemsize)
+    payload, ancillary, flags, _ = connection.recvmsg(MESSAGE_MAX, room, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            received.frombytes(data[: len(data) // received.itemsize * received.itemsize])
+    descriptors = received.tolist()
     if not payload and not descriptors:
         return None, []
     try:
