@@ -13,7 +13,7 @@ from typing import Any
 
 from userswap.bench.baseline import Rig
 from userswap.bench.cases import named
-from userswap.bench.measure import Options, plan_of
+from userswap.bench.measure import Options, home_of, plan_of
 from userswap.bench.sample import PAGE
 from userswap.bench.session import Session, cpu_seconds
 
@@ -44,7 +44,7 @@ class Idle:
 def measure(rig: Rig, options: Options) -> Idle:
     case = named(CASE)
     rig.group.limit(None)
-    with Session(rig.group, lambda: 0) as session:
+    with Session(rig.group, lambda: 0, home_of(case, options.cpus)) as session:
         session.open(plan_of(case, options, "userswap"))
         session.step("fill")
         session.step("warm")

@@ -187,7 +187,8 @@ class CaseMeasurement:
 
     def _touch(self, run: Run) -> None:
         steps = steps_of(self.case, self.options, run.side)
-        with Session(self.rig.group, lambda: self.rig.stored()[1]) as session:
+        cpus = home_of(self.case, self.options.cpus)
+        with Session(self.rig.group, lambda: self.rig.stored()[1], cpus) as session:
             session.open(plan_of(self.case, self.options, run.side))
             for step in steps:
                 if step.operation == "evict":
@@ -240,9 +241,14 @@ def plan_of(case: Case, options: Options, side: str) -> dict[str, Any]:
         "stored": case.operation != "zero",
         "versions": case.operation in ("update", "write"),
         "cpus": touching_cpus(case, options.cpus),
-        "affinity": [options.cpus[0]] if case.placement == "one" else [],
+        "pager_cpus": options.cpus[:1] if case.placement == "one" else options.cpus,
         "steps": [asdict(step) for step in steps],
     }
+
+
+def home_of(case: Case, cpus: tuple[int, ...]) -> tuple[int, ...]:
+    """Where all threads of the touching process may run."""
+    return cpus[:1] if case.placement in ("pinned", "one") else cpus
 
 
 def touching_cpus(case: Case, cpus: tuple[int, ...]) -> list[int]:

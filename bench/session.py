@@ -16,7 +16,7 @@ import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -56,8 +56,10 @@ class Session:
     """A touching process in a group. A context manager: at its end nothing of it runs any
     more."""
 
-    def __init__(self, group: Group, outside: Callable[[], int]) -> None:
-        """`outside`: bytes held for the run that its group is not charged with."""
+    def __init__(self, group: Group, outside: Callable[[], int], cpus: Sequence[int]) -> None:
+        """`outside`: bytes held for the run that its group is not charged with. `cpus`: where the
+        touching process may run from its first instruction on; a CPU that it has once run on is
+        one that the kernel has to interrupt whenever it takes a page away."""
         self._group = group
         self._outside = outside
         self._kills = group.kills()
@@ -65,13 +67,18 @@ class Session:
         self._floor = 0
         self._outside_floor = 0
         self.weights = Weights()
-        self._child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "userswap.bench.toucher"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # Ctrl-C is for the benchmark, which ends it in order
-        )
+        everywhere = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, cpus)
+        try:
+            self._child = subprocess.Popen(
+                [sys.executable, "-P", "-m", "userswap.bench.toucher"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,  # Ctrl-C is for the benchmark, which ends it in order
+            )
+        finally:
+            os.sched_setaffinity(0, everywhere)
         assert self._child.stdin is not None
         assert self._child.stdout is not None
         self._input: IO[str] = self._child.stdin

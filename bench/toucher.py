@@ -62,8 +62,6 @@ class Toucher:
         self._plan = plan
         self._pages = int(plan["pages"])
         self._cpus = [int(cpu) for cpu in plan["cpus"]]
-        if plan["affinity"]:
-            os.sched_setaffinity(0, plan["affinity"])
         self._sample = sample.load(plan["data"])
         self._steps = {fields["name"]: Step(**fields) for fields in plan["steps"]}
         self._orders = {
@@ -76,7 +74,10 @@ class Toucher:
         return {"pid": os.getpid(), "clock_ps": int(lib.us_touch_clock_cost())}
 
     def open(self) -> dict[str, Any]:
+        home = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, self._plan["pager_cpus"])  # a new pager inherits it
         self._memory = open_memory(self._plan, self._sample)
+        os.sched_setaffinity(0, home)
         return self._memory.stats()
 
     def step(self, name: str) -> dict[str, Any]:
