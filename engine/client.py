@@ -109,8 +109,10 @@ class Client:
             self.uffd, self._staging_uffd, self.features = self._open_descriptors()
             self._start_pager()
             self._introduce()
-        except BaseException:
+        except BaseException as error:
             self.end()
+            if isinstance(error, OSError):
+                raise PagerError(f"the pager cannot be started ({error})") from None
             raise
 
     @property
@@ -142,12 +144,12 @@ class Client:
                 start_new_session=True,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
-        except OSError as error:
+            self._caller = Caller(ours)
+        except BaseException:
             ours.close()
-            raise PagerError(f"the pager cannot be started ({error})") from None
+            raise
         finally:
             theirs.close()
-        self._caller = Caller(ours)
         self._pidfd = os.pidfd_open(self._process.pid)
         self._descriptors.append(self._pidfd)
         check(lib.us_agent_allow(self._process.pid))
@@ -180,10 +182,10 @@ class Client:
                 canary=int(os.environ.get("USERSWAP_CANARY", "0")),
             )
         except PagerError:
-            if not self.caller.ended:
-                raise
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(DEATH_NOTICE_S)
+                process.wait(DEATH_NOTICE_S if self.caller.ended else 0)
+            if process.returncode is None:
+                raise
             raise PagerError(
                 f"the pager ({sys.executable}) ended as it started, with status "
                 f"{process.returncode}; its standard error says why"
