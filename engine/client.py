@@ -167,7 +167,8 @@ class Client:
         agent = ffi.new("struct us_agent **")
         check(lib.us_agent_start(agent, options))
         self._agent = agent[0]
-        self.call("agent", staging=lib.us_agent_staging(self._agent))
+        tid = lib.us_agent_tid(self._agent)
+        self.call("agent", staging=lib.us_agent_staging(self._agent), tid=tid)
 
     def _hello(self, process: subprocess.Popen[bytes]) -> Message:
         try:

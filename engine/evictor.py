@@ -43,7 +43,7 @@ class Evictor:
             report = ffi.new("struct us_batch_report *")
             lib.us_batch_report(self.client, number, report)
             region = self._loop.regions[int(ffi.cast("uintptr_t", report.region))]
-            region.begin()
+            region.transfers.begin()
             task = start(self._write(region, number, report))
             if not task.done():
                 self._tasks.add(task)
@@ -63,7 +63,7 @@ class Evictor:
                 full = accepted != report.moved
         finally:
             lib.us_write_done(self.client, number, accepted, full)
-            region.end()
+            region.transfers.end()
 
     async def _accepted(self, region: Served, runs: list[Run]) -> bool:
         delay = RETRY_FIRST_S

@@ -41,6 +41,28 @@ def start(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     return loop.create_task(coroutine)
 
 
+class Pending:
+    """Counts what is under way, and lets one wait for its end."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def begin(self) -> None:
+        self._count += 1
+        self._idle.clear()
+
+    def end(self) -> None:
+        self._count -= 1
+        if not self._count:
+            self._idle.set()
+
+    async def settled(self) -> None:
+        """Return when nothing is under way."""
+        await self._idle.wait()
+
+
 class Served:
     """What the loop needs to know of an open region."""
 
@@ -51,24 +73,8 @@ class Served:
         self.store = store
         self.base = base
         """The store's index of the region's first page."""
-        self._pending = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    def begin(self) -> None:
-        """A store operation starts."""
-        self._pending += 1
-        self._idle.clear()
-
-    def end(self) -> None:
-        """A store operation has ended."""
-        self._pending -= 1
-        if not self._pending:
-            self._idle.set()
-
-    async def settled(self) -> None:
-        """Return when no store operation is under way."""
-        await self._idle.wait()
+        self.transfers = Pending()
+        """Reads and writes of the store under way."""
 
 
 class FaultLoop:
@@ -109,7 +115,7 @@ class FaultLoop:
             for miss in sorted(taken, key=lambda miss: bool(miss.ahead)):
                 copy = ffi.new("struct us_miss *", miss)
                 region = self.regions[int(ffi.cast("uintptr_t", miss.region))]
-                region.begin()
+                region.transfers.begin()
                 self._keep(start(self._fill(region, copy)))
             if count < MISSES_PER_DRAIN:
                 return
@@ -130,14 +136,14 @@ class FaultLoop:
             if await self._read(region, miss, buffer):
                 await self._install(region, miss, buffer)
             elif miss.count == 1:
-                lib.us_fill_failed(region.handle, miss, 1)
+                await self._lose(region, miss)
             else:
                 await self._fill_singly(region, miss, buffer)
         finally:
             self._waiting.pop(ticket, None)
             self._told.discard(ticket)
             self._buffers.append(buffer)
-            region.end()
+            region.transfers.end()
 
     async def _read(self, region: Served, miss: Any, buffer: Any) -> bool:
         """Read the miss's run; False when a page of it is lost. Transient errors are waited out."""
@@ -169,7 +175,12 @@ class FaultLoop:
             if await self._read(region, single, buffer):
                 await self._install(region, single, buffer)
             else:
-                lib.us_fill_failed(region.handle, single, 1)
+                await self._lose(region, single)
+
+    async def _lose(self, region: Served, miss: Any) -> None:
+        void = lib.us_fill_failed(region.handle, miss, 1)
+        if void:
+            await discard_marked(region, miss.first, void)
 
     async def _install(self, region: Served, miss: Any, buffer: Any) -> None:
         void = ffi.new("uint64_t *")

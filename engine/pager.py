@@ -25,7 +25,7 @@ import sys
 from userswap.backends.store import StoreError
 from userswap.engine.control import Message, receive, send
 from userswap.engine.errors import PagerError, UserswapError
-from userswap.engine.served import ClientService
+from userswap.engine.served import ClientService, OpenRegion
 
 log = logging.getLogger("userswap.pager")
 
@@ -70,10 +70,13 @@ class Connection:
             answer.update(ok=False, kind=error.kind, error=str(error))
         except (OSError, StoreError) as error:
             answer.update(ok=False, kind="error", error=f"{request.get('op')}: {error}")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             answer.update(
                 ok=False, kind="config", error=f"{request.get('op')}: bad request ({error})"
             )
+        except Exception as error:
+            log.exception("%s", request.get("op"))
+            answer.update(ok=False, kind="error", error=f"{request.get('op')}: {error!r}")
         while not self.ended.is_set():
             try:
                 send(self._socket, answer, outgoing)
@@ -94,7 +97,7 @@ class Connection:
         if service is None:
             raise UserswapError("hello comes first")
         if operation == "agent":
-            service.start(int(request["staging"]))
+            service.start(int(request["staging"]), int(request["tid"]))
             return {}, []
         if operation == "quiet":
             await service.quiet()
@@ -112,22 +115,35 @@ class Connection:
                 return {"stats": service.stats(region)}
             case "limit":
                 lib.us_region_limit(region.handle, int(request["limit"]))
-            case "prefetch":
-                first, count = int(request["first"]), int(request["count"])
-                return {"pages": await service.prefetch(region, first, count)}
-            case "discard":
-                await service.discard(region, int(request["first"]), int(request["count"]))
-            case "flush":
-                await service.flush(region)
+            case "prefetch" | "discard" | "flush":
+                return await self._over_time(service, region, operation, request)
             case "quiesce":
                 await service.quiesce(region)
             case "resume":
+                region.closing = False
                 lib.us_region_resume(region.handle)
             case "close":
                 await service.close(int(request["region"]), unmapped=bool(request["unmapped"]))
             case _:
                 raise UserswapError(f"no operation {operation!r}")
         return {}
+
+    async def _over_time(
+        self, service: ClientService, region: OpenRegion, operation: str, request: Message
+    ) -> Message:
+        """An operation that a close has to wait for."""
+        region.operations.begin()
+        try:
+            if operation == "flush":
+                await service.flush(region)
+                return {}
+            first, count = int(request["first"]), int(request["count"])
+            if operation == "discard":
+                await service.discard(region, first, count)
+                return {}
+            return {"pages": await service.prefetch(region, first, count)}
+        finally:
+            region.operations.end()
 
     def _hello(self, request: Message, descriptors: list[int]) -> tuple[Message, list[int]]:
         if self._service is not None or len(descriptors) != 1:

@@ -12,14 +12,15 @@ import asyncio
 import logging
 import os
 import resource
+import time
 from typing import Any
 
 from userswap.backends.grammar import GrammarError, unknown_name
 from userswap.backends.registry import open_stack
 from userswap.backends.store import Store, StoreError
-from userswap.engine.errors import ConfigError, UserswapError
+from userswap.engine.errors import ConfigError, ResidentError, UserswapError
 from userswap.engine.evictor import Evictor
-from userswap.engine.fault_loop import FaultLoop, Served, discard_marked
+from userswap.engine.fault_loop import FaultLoop, Pending, Served, discard_marked
 from userswap.engine.page_table import Extents, State
 from userswap.engine.policies.prefetch import names
 from userswap.native import check, ffi, lib
@@ -30,6 +31,9 @@ PAGE = 4096
 POLL_FIRST_S = 0.0001
 POLL_MAX_S = 0.005
 CHUNK = 64
+DISCARD_PAGES = 1 << 18
+"""Of one discard, marked at a time: 1 MiB of marks."""
+DISCARD_STALL_S = 5.0
 PREFETCH_TRIES = 200
 QUIET_TRIES = 200
 """One second: a client whose agent is stopped must be able to end."""
@@ -46,6 +50,9 @@ class OpenRegion(Served):
         self.pages = pages
         self.table_base = base
         self.pool = pool
+        self.closing = False
+        self.operations = Pending()
+        """Requests that loop over the region."""
 
 
 class ClientService:
@@ -73,9 +80,9 @@ class ClientService:
         """What the client keeps copies of: table, channel, orders, results."""
         return [lib.us_client_descriptors(self.native, which) for which in range(4)]
 
-    def start(self, staging: int) -> None:
+    def start(self, staging: int, agent_tid: int) -> None:
         """The client's agent runs: serve."""
-        lib.us_client_set_staging(self.native, staging)
+        lib.us_client_set_agent(self.native, staging, agent_tid)
         check(lib.us_client_start(self.native, self.fault_path == "native", self.placement))
         self.loop.attach()
         wake = lib.us_client_descriptors(self.native, 4)
@@ -163,12 +170,16 @@ class ClientService:
             raise ConfigError(f"no region {request.get('region')!r}") from None
 
     async def quiesce(self, region: OpenRegion) -> None:
-        """Stop eviction and readahead; return when nothing of the region is under way."""
+        """Stop eviction and readahead; return when nothing of the region is under way.
+
+        Operations that loop over the region see that it closes, and end."""
         delay = POLL_FIRST_S
+        region.closing = True
         while lib.us_region_quiesce(region.handle):
             await asyncio.sleep(delay)
             delay = min(delay * 2, POLL_MAX_S)
-        await region.settled()
+        await region.operations.settled()
+        await region.transfers.settled()
 
     async def close(self, number: int, *, unmapped: bool) -> None:
         """Forget a region that is quiet."""
@@ -187,10 +198,8 @@ class ClientService:
         """Make a range ZERO, in memory and then in the store."""
         if first < 0 or count < 0 or first + count > region.pages:
             raise ConfigError(f"pages {first}+{count} are outside the region's {region.pages}")
-        delay = POLL_FIRST_S
-        while lib.us_region_discard(region.handle, first, count) != 0:
-            await asyncio.sleep(delay)
-            delay = min(delay * 2, POLL_MAX_S)
+        for start in range(first, first + count, DISCARD_PAGES):
+            await self._discard_part(region, start, min(DISCARD_PAGES, first + count - start))
         if region.pool:
             return
         for start in range(first, first + count, CHUNK):
@@ -198,6 +207,23 @@ class ClientService:
             marked = lib.us_discard_begin(region.handle, start, size)
             if marked:
                 await discard_marked(region, start, marked)
+
+    async def _discard_part(self, region: OpenRegion, first: int, count: int) -> None:
+        mark = ffi.new("uint32_t[]", count)
+        delay, least, since = POLL_FIRST_S, count + 1, time.monotonic()
+        while left := lib.us_region_discard(region.handle, first, count, mark):
+            if left < 0:
+                raise ConfigError(f"region {region.name!r} is being closed")
+            now = time.monotonic()
+            if left < least:
+                least, since = left, now
+            elif now - since > DISCARD_STALL_S:
+                raise ResidentError(
+                    f"region {region.name!r}: {left} pages cannot be discarded: the client's agent "
+                    "does not run, or the store does not end what it began"
+                )
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, POLL_MAX_S)
 
     async def prefetch(self, region: OpenRegion, first: int, count: int) -> int:
         """Bring pages in while there is room; returns the pages dealt with."""
@@ -209,17 +235,19 @@ class ClientService:
         done, tries = 0, 0
         while done < count and tries < PREFETCH_TRIES:
             step = lib.us_region_prefetch(region.handle, first + done, min(CHUNK, count - done))
+            if step < 0:
+                raise ConfigError(f"region {region.name!r} is being closed")
             done += step
             tries = 0 if step else tries + 1
             self.loop.drain()
             await asyncio.sleep(0 if step else POLL_MAX_S)
-        await region.settled()
+        await region.transfers.settled()
         return done
 
     async def flush(self, region: OpenRegion) -> None:
         """Wait for the writes under way, then for the store."""
         states = ffi.new("uint64_t[]", len(State))
-        while True:
+        while not region.closing:
             lib.us_region_census(region.handle, states)
             if not (states[State.MOVING] or states[State.LEAVING]):
                 break
@@ -298,8 +326,7 @@ class ClientService:
         await self.loop.cancel()
         await self.evictor.cancel()
         lib.us_client_stop(self.native)
-        for url, store in {region.url: region.store for region in self.regions.values()}.items():
-            self._pools.pop(url, None)
+        for store in {id(region.store): region.store for region in self.regions.values()}.values():
             await store.aclose()
         os.close(self.uffd)
 

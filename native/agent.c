@@ -22,6 +22,10 @@
 #define SYS_process_madvise 440
 #endif
 
+#ifndef MADV_DONTNEED_LOCKED
+#define MADV_DONTNEED_LOCKED 24 /* Linux 5.18: drops mlocked pages too */
+#endif
+
 #define WATCH_MS 1000       /* how often waiting faults are looked at */
 #define WAIT_LIMIT_TICKS 5u /* a fault that waits this many looks is spoken of */
 
@@ -31,6 +35,7 @@ struct us_agent {
     uint8_t *buffers; /* the pager's buffers, see copy_out */
     uint8_t *staging;
     pthread_t thread;
+    _Atomic int tid;
     int self_pidfd;
     int fdinfo;
     int cpu;
@@ -94,16 +99,22 @@ static void say_line(struct us_agent *agent, const char *what) {
 
 static void move_run(struct us_agent *agent, struct us_order *order, const struct us_run *run, uint32_t first) {
     uint32_t page = 0, again = 0;
+    bool singly = false; /* a run over a boundary of mappings is refused whole */
     while (page < run->pages) {
+        uint32_t pages = singly ? 1 : run->pages - page;
         uint64_t done, source = run->address + (uint64_t)page * US_PAGE;
         uint8_t *slot = agent->staging + ((uint64_t)run->staging + page) * US_PAGE;
         int rc = us_uffd_move(agent->options.staging_uffd, (uint64_t)(uintptr_t)slot, source,
-                              (uint64_t)(run->pages - page) * US_PAGE, &done);
+                              (uint64_t)pages * US_PAGE, &done);
         for (uint64_t i = 0; i < done / US_PAGE; i++)
             order->taken |= 1ull << (first + page + i);
         page += (uint32_t)(done / US_PAGE);
         if (rc == 0)
-            return;
+            continue;
+        if (rc == -EINVAL && pages > 1) {
+            singly = true;
+            continue;
+        }
         if (rc == -EAGAIN && (done || again++ < 3))
             continue; /* partial progress: the next call tells the page's own errno */
         unsigned char resident = 1;
@@ -134,7 +145,7 @@ static void copy_out(struct us_agent *agent, const struct us_order *order) {
 }
 
 /* Drop pages of the region in place: one vectored call, since each call costs a TLB shoot-down. */
-static void drop(struct us_agent *agent, struct us_order *order) {
+static void drop(struct us_agent *agent, struct us_order *order, int advice) {
     struct iovec vector[US_BATCH_PAGES];
     size_t total = 0, pages = 0;
     for (uint32_t i = 0; i < order->runs; i++) {
@@ -143,7 +154,7 @@ static void drop(struct us_agent *agent, struct us_order *order) {
         total += vector[i].iov_len;
     }
     pages = total / US_PAGE;
-    long advised = syscall(SYS_process_madvise, agent->self_pidfd, vector, order->runs, MADV_DONTNEED, 0);
+    long advised = syscall(SYS_process_madvise, agent->self_pidfd, vector, order->runs, advice, 0);
     if (advised == (long)total) {
         order->taken = pages >= 64 ? ~0ull : (1ull << pages) - 1;
         return;
@@ -153,7 +164,7 @@ static void drop(struct us_agent *agent, struct us_order *order) {
     for (uint32_t i = 0; i < order->runs; i++)
         for (uint32_t page = 0; page < order->run[i].pages; page++, bit++) {
             uint8_t *address = (uint8_t *)vector[i].iov_base + (size_t)page * US_PAGE;
-            if (madvise(address, US_PAGE, MADV_DONTNEED) == 0)
+            if (madvise(address, US_PAGE, advice) == 0)
                 order->taken |= 1ull << bit;
             else
                 order->error = -errno;
@@ -172,10 +183,12 @@ static void carry_out(struct us_agent *agent, struct us_order *order) {
     if (order->kind == US_ORDER_MOVE) {
         move_out(agent, order);
     } else if (order->kind == US_ORDER_DROP) {
-        drop(agent, order);
+        drop(agent, order, MADV_DONTNEED);
+    } else if (order->kind == US_ORDER_DISCARD) {
+        drop(agent, order, MADV_DONTNEED_LOCKED);
     } else if (order->kind == US_ORDER_RELEASE) {
         const struct us_run *run = &order->run[0];
-        if (madvise(agent->staging + (uint64_t)run->staging * US_PAGE, (size_t)run->pages * US_PAGE, MADV_DONTNEED) == 0)
+        if (madvise(agent->staging + (uint64_t)run->staging * US_PAGE, (size_t)run->pages * US_PAGE, MADV_DONTNEED_LOCKED) == 0)
             order->taken = 1;
         else
             order->error = -errno;
@@ -260,6 +273,7 @@ static void pager_died(struct us_agent *agent) {
 static void *agent_main(void *argument) {
     struct us_agent *agent = argument;
     struct us_channel *channel = agent->channel;
+    atomic_store(&agent->tid, (int)syscall(SYS_gettid));
     struct pollfd wait[2] = {{.fd = agent->options.order_fd, .events = POLLIN},
                              {.fd = agent->options.pager_pidfd, .events = POLLIN}};
     while (!atomic_load(&channel->quit)) {
@@ -348,9 +362,13 @@ int us_agent_start(struct us_agent **out, const struct us_agent_options *options
         free_agent(agent);
         return rc;
     }
+    while (!atomic_load(&agent->tid)) /* the pager reads this process by the thread's number */
+        sched_yield();
     *out = agent;
     return 0;
 }
+
+int us_agent_tid(const struct us_agent *agent) { return agent->tid; }
 
 uint64_t us_agent_staging(const struct us_agent *agent) { return (uint64_t)(uintptr_t)agent->staging; }
 

@@ -24,6 +24,7 @@ struct us_agent_options {
 int us_agent_open(bool user_mode_only, int *uffd, int *staging_uffd, uint64_t *features);
 int us_agent_start(struct us_agent **out, const struct us_agent_options *options);
 uint64_t us_agent_staging(const struct us_agent *agent);
+int us_agent_tid(const struct us_agent *agent);
 /* Ends the thread; the staging area is unmapped.  Only once the pager has no order open. */
 void us_agent_stop(struct us_agent *agent);
 /* Register a region: NOHUGEPAGE, DONTFORK, then MISSING | WP. */

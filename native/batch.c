@@ -12,6 +12,7 @@
 
 #define BACKOFF_FIRST_NS 2000000ull
 #define BACKOFF_MAX_NS 1000000000ull
+#define PUT_BACK_AGAIN_US 200
 #define FULL_RETRY_NS 50000000ull /* between tries to write to a full store */
 
 uint32_t us_batch_number(const struct us_batch *batch) {
@@ -99,16 +100,22 @@ static void stay(struct us_batch *batch, uint64_t pages, enum us_state from, enu
         if (!(pages >> i & 1))
             continue;
         us_word *word = &region->word[batch->index[i]];
-        uint64_t handle = from == US_DROPPING && to == US_CLEAN ? us_handle_of(atomic_load(word)) : 0;
-        uint64_t old = us_word_leave(word, from, to, handle, US_BUSY, 0);
+        uint64_t handle = from == US_DROPPING ? us_handle_of(atomic_load(word)) : 0;
+        bool fresh = region->pool && handle && !(batch->moved >> i & 1); /* a copy that the budget does not know */
+        uint64_t seen = atomic_load(word);
+        while (batch->kind == US_BATCH_DISCARD && !us_word_swap(word, &seen, us_next_generation(seen)))
+            continue; /* tells a refusal from a page that was dropped and filled anew */
+        uint64_t old = us_word_leave(word, from, to, fresh || to != US_CLEAN ? 0 : handle, US_BUSY, 0);
         us_wake_page(region, batch->index[i], old);
+        if (fresh)
+            us_pool_free(region->pool, handle);
         us_queue_push(region, batch->index[i]);
     }
     atomic_fetch_sub(&region->leaving, (int64_t)__builtin_popcountll(pages) * US_PAGE);
 }
 
 /* Nothing could be taken: pinned, mlocked, shared after a fork.  Ask again later, and let faults pass meanwhile. */
-static void back_off(struct us_region *region, bool success) {
+void us_back_off(struct us_region *region, bool success) {
     if (success) {
         atomic_store(&region->backoff_ns, 0);
         if (atomic_load(&region->refused))
@@ -156,7 +163,7 @@ static bool read_staging(struct us_client *client, struct us_batch *batch) {
         local[n] = (struct iovec){batch->buffer + (uint64_t)i * US_PAGE, US_PAGE};
         remote[n++] = (struct iovec){(void *)(uintptr_t)(base + (uint64_t)i * US_PAGE), US_PAGE};
     }
-    return !n || process_vm_readv(client->pid, local, n, remote, n, 0) == total;
+    return !n || process_vm_readv(client->agent_tid, local, n, remote, n, 0) == total;
 }
 
 /* Put a LEAVING page back: its store has no room.  The region may go over its budget by it. */
@@ -169,7 +176,8 @@ void us_put_back(struct us_batch *batch, uint32_t slot) {
     while (us_state_of(seen) == US_LEAVING)
         if (us_word_swap(word, &seen, us_with_handle(us_with_state(seen, US_FILLING), 0))) {
             us_reserve(region, 1, true);
-            us_install_rescued(region, index, batch->buffer + (uint64_t)slot * US_PAGE);
+            while (us_install_rescued(region, index, batch->buffer + (uint64_t)slot * US_PAGE))
+                usleep(PUT_BACK_AGAIN_US); /* its only copy: not given up while the client lives */
         }
     us_word_clear(word, US_BUSY);
 }
@@ -189,11 +197,11 @@ static void stored(struct us_batch *batch, uint32_t slot, uint64_t handle) {
     enum us_state to = handle == US_HANDLE_SAME ? US_ZERO : US_STORED;
     uint64_t kept = to == US_ZERO ? 0 : handle;
     uint64_t old = us_word_leave(word, US_LEAVING, to, kept, US_BUSY, 0);
-    if (us_state_of(old) != US_LEAVING) {
-        if (region->pool)
-            us_pool_free(region->pool, handle);
+    bool rescued = us_state_of(old) != US_LEAVING;
+    if (region->pool && (rescued || to == US_ZERO))
+        us_pool_free(region->pool, handle);
+    if (rescued)
         us_word_clear(word, US_BUSY);
-    }
 }
 
 static void compress(struct us_batch *batch) {
@@ -232,7 +240,7 @@ static void leave(struct us_client *client, struct us_batch *batch) {
         compress(batch);
         us_order_post(client, batch, US_ORDER_RELEASE);
     } else {
-        batch->written_ns = us_now();
+        atomic_store(&batch->told, false);
         atomic_store(&batch->state, US_BATCH_WRITING);
         us_tell_loop(client);
     }
@@ -250,7 +258,7 @@ static void moved(struct us_client *client, struct us_batch *batch, const struct
         stay(batch, refused, US_MOVING, US_DIRTY);
     }
     us_count(&region->count.moved, (uint64_t)__builtin_popcountll(taken));
-    back_off(region, taken || absent);
+    us_back_off(region, taken || absent);
     if (!taken) {
         us_batch_free(batch);
     } else if (us_canary_on(client, US_CANARY_DROP_BEFORE_STORE)) {
@@ -295,7 +303,8 @@ static void dropped(struct us_batch *batch, const struct us_order *order) {
         us_count(&region->count.refused, (uint64_t)__builtin_popcountll(all & ~taken));
         stay(batch, all & ~taken, US_DROPPING, batch->kind == US_BATCH_DISCARD ? US_DIRTY : US_CLEAN);
     }
-    back_off(region, taken != 0);
+    if (batch->kind != US_BATCH_DISCARD)
+        us_back_off(region, taken != 0);
     us_release(region, freed);
     us_batch_free(batch);
 }
@@ -318,19 +327,18 @@ static bool reap_one(struct us_client *client) {
         copy.absent = order->absent;
         number = client->order_batch[client->order_reaped++ % US_ORDERS];
         atomic_store(&order->state, US_ORDER_EMPTY);
+        atomic_store(&client->agent_late, false); /* under the lock, as where it is set: the last word is the true one */
     }
     pthread_mutex_unlock(&client->batch_lock);
     if (!done)
         return false;
-    if (atomic_load(&client->agent_late))
-        atomic_store(&client->agent_late, false);
     if (number) {
         struct us_batch *batch = &client->batch[number - 1];
         if (batch->order == US_ORDER_MOVE)
             moved(client, batch, &copy);
         else if (batch->order == US_ORDER_COPY)
             leave(client, batch);
-        else if (batch->order == US_ORDER_DROP)
+        else if (batch->order == US_ORDER_DROP || batch->order == US_ORDER_DISCARD)
             dropped(batch, &copy);
         else
             released(batch);
@@ -358,15 +366,17 @@ void us_check_late(struct us_client *client) {
         if (atomic_load(&order->state) == US_ORDER_DONE || now - order->posted_ns < US_LATE_NS)
             continue;
         late = true;
-        if (order->kind == US_ORDER_RELEASE || order->kind == US_ORDER_COPY || !number)
+        uint32_t kind = number ? client->batch[number - 1].order : US_ORDER_RELEASE;
+        if (kind == US_ORDER_RELEASE || kind == US_ORDER_COPY)
             continue;
         if (atomic_compare_exchange_strong(&order->state, &state, US_ORDER_REVOKED)) {
             client->order_batch[at % US_ORDERS] = 0;
             revoked[n++] = number - 1;
         }
     }
+    bool news = late && !atomic_exchange(&client->agent_late, true);
     pthread_mutex_unlock(&client->batch_lock);
-    if (late && !atomic_exchange(&client->agent_late, true)) {
+    if (news) {
         pthread_rwlock_rdlock(&client->map_lock);
         for (uint32_t i = 0; i < client->regions; i++)
             us_release(client->region[i], 0);
@@ -388,29 +398,47 @@ int us_take_writes(struct us_client *client, uint32_t *batches, int most) {
     int n = 0;
     for (uint32_t i = 0; i < US_BATCHES && n < most; i++) {
         struct us_batch *batch = &client->batch[i];
-        if (atomic_load(&batch->state) == US_BATCH_WRITING && batch->written_ns) {
-            batch->written_ns = 0;
+        if (atomic_load(&batch->state) == US_BATCH_WRITING && !atomic_exchange(&batch->told, true))
             batches[n++] = i;
-        }
     }
     return n;
 }
 
-/* The loop's write has ended: `accepted` pages are in the store, the others go back to memory. */
+/* The loop's write has ended: `accepted` pages are in the store, the others go back to memory.  A worker does the rest: putting a
+ * page back may have to wait for memory, which the loop must not. */
 int us_write_done(struct us_client *client, uint32_t number, uint64_t accepted, int full) {
     struct us_batch *batch = &client->batch[number % US_BATCHES];
+    batch->accepted = accepted;
+    atomic_store(&batch->full, full != 0);
+    atomic_store(&batch->state, US_BATCH_WRITTEN);
+    us_kick_worker(client);
+    return 0;
+}
+
+static void finish_write(struct us_client *client, struct us_batch *batch) {
     for (uint32_t i = 0; i < batch->pages; i++) {
         if (!(batch->moved >> i & 1))
             continue;
-        if (accepted >> i & 1)
+        if (batch->accepted >> i & 1)
             stored(batch, i, 0);
         else
             us_put_back(batch, i);
     }
-    if (full)
+    if (atomic_load(&batch->full))
         us_store_full(batch->region);
     else
         atomic_store(&batch->region->full, false);
     us_order_post(client, batch, US_ORDER_RELEASE);
-    return 0;
+}
+
+bool us_finish_writes(struct us_client *client) {
+    bool any = false;
+    for (uint32_t i = 0; i < US_BATCHES; i++) {
+        uint32_t state = US_BATCH_WRITTEN;
+        if (atomic_compare_exchange_strong(&client->batch[i].state, &state, US_BATCH_BUILDING)) {
+            finish_write(client, &client->batch[i]);
+            any = true;
+        }
+    }
+    return any;
 }

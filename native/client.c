@@ -134,7 +134,10 @@ int us_client_descriptors(const struct us_client *client, int which) {
     return which >= 0 && which < 5 ? descriptor[which] : -EINVAL;
 }
 
-void us_client_set_staging(struct us_client *client, uint64_t address) { client->staging = address; }
+void us_client_set_agent(struct us_client *client, uint64_t staging, int tid) {
+    client->staging = staging;
+    client->agent_tid = tid;
+}
 
 static int start_thread(pthread_t *thread, void *(*body)(void *), struct us_client *client) {
     sigset_t all, before;
@@ -173,6 +176,12 @@ void us_client_stop(struct us_client *client) {
     atomic_store(&client->stop, true);
     signal_fd(client->done_fd);
     signal_fd(client->helper_fd);
+    /* these first: a read of the client's memory may need the server to end */
+    if (client->worker_runs)
+        pthread_join(client->worker, NULL);
+    if (client->helper_runs)
+        pthread_join(client->helper, NULL);
+    atomic_store(&client->server_stop, true);
     /* a signal that comes just before the read is lost: send until the thread has ended */
     while (client->server_runs && !atomic_load(&client->server_ended)) {
         pthread_kill(client->server, US_SERVER_SIGNAL);
@@ -180,10 +189,6 @@ void us_client_stop(struct us_client *client) {
     }
     if (client->server_runs)
         pthread_join(client->server, NULL);
-    if (client->worker_runs)
-        pthread_join(client->worker, NULL);
-    if (client->helper_runs)
-        pthread_join(client->helper, NULL);
     client->server_runs = client->worker_runs = client->helper_runs = false;
 }
 
@@ -215,6 +220,10 @@ int us_client_quiet(struct us_client *client) {
     for (uint32_t i = 0; i < US_BATCHES; i++)
         open += atomic_load(&client->batch[i].state) == US_BATCH_BUILDING;
     pthread_mutex_unlock(&client->batch_lock);
+    pthread_rwlock_rdlock(&client->map_lock);
+    for (uint32_t i = 0; i < client->regions; i++)
+        us_release(client->region[i], 0); /* who was parked goes on over the budget */
+    pthread_rwlock_unlock(&client->map_lock);
     us_kick_worker(client);
     return open;
 }

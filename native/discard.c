@@ -3,15 +3,22 @@
 #include "pager.h"
 #include "uffd.h"
 
-/* A resident page: to be dropped in place by the agent.  Its copy, if it has one, goes now. */
-static bool drop_resident(struct us_region *region, struct us_batch *batch, uint32_t index, uint64_t seen) {
-    uint64_t copy = us_handle_of(seen);
-    uint64_t next = us_with_handle(us_with_state(us_next_generation(seen), US_DROPPING), 0) & ~US_QUEUED;
+#define DONE UINT32_MAX
+
+static uint32_t generation_of(uint64_t word) { return (uint32_t)((word & US_GENERATION_MASK) >> US_GENERATION_SHIFT); }
+
+/* A resident page: to be dropped in place by the agent.  Its copy, if it has one, goes now; its entry in the queue stays, and is
+ * found stale there.  `mark` remembers the generation, plus one. */
+static void drop_resident(struct us_region *region, struct us_batch *batch, uint32_t index, uint64_t seen, uint32_t *mark) {
+    uint64_t copy = us_handle_of(seen), next = us_with_handle(us_with_state(us_next_generation(seen), US_DROPPING), 0);
+    bool poisoned = us_state_of(seen) == US_POISONED;
     if (!us_word_swap(&region->word[index], &seen, next))
-        return false;
+        return;
+    if (poisoned)
+        us_reserve(region, 1, true); /* its room was given back; the end of the drop does so again */
     us_drop_copy(region, copy, true);
+    *mark = generation_of(next) + 1;
     batch->index[batch->pages++] = index;
-    return true;
 }
 
 /* What is only in the store, or on its way from an awaited store: ZERO at once. */
@@ -25,10 +32,10 @@ static bool forget_stored(struct us_region *region, uint32_t index, uint64_t see
     return true;
 }
 
-/* True when the page is ZERO; false: it is on its way there, or passing through a state that ends by itself. */
-static bool discard_page(struct us_region *region, struct us_batch *batch, uint32_t index) {
-    us_word *word = &region->word[index];
-    uint64_t seen = atomic_load(word);
+/* True when the page has been ZERO since the discard began; false: it is on its way there, or passing through a state that ends
+ * by itself. */
+static bool discard_page(struct us_region *region, struct us_batch *batch, uint32_t index, uint32_t *mark) {
+    uint64_t seen = atomic_load(&region->word[index]);
     switch (us_state_of(seen)) {
     case US_ZERO:
         return true;
@@ -39,43 +46,55 @@ static bool discard_page(struct us_region *region, struct us_batch *batch, uint3
     case US_CLEAN:
     case US_DIRTY:
     case US_POISONED:
-        if (batch && !(seen & US_BUSY)) {
-            if (us_state_of(seen) == US_POISONED)
-                us_reserve(region, 1, true); /* its room was given back; the end of the drop does so again */
-            drop_resident(region, batch, index, seen);
-        }
+        if (*mark && *mark == generation_of(seen) + 1)
+            return true; /* it was dropped, and filled anew: that content is younger than the discard */
+        if (batch && !(seen & US_BUSY))
+            drop_resident(region, batch, index, seen, mark);
         return false;
     default:
         return false;
     }
 }
 
-/* One pass over a range.  Returns how many pages are not ZERO yet: call again, a little later, until none is. */
-int64_t us_region_discard(struct us_region *region, uint64_t first, uint64_t count) {
+static void post(struct us_batch *batch) {
+    if (!batch->pages) {
+        us_batch_free(batch);
+        return;
+    }
+    atomic_fetch_add(&batch->region->leaving, (int64_t)batch->pages * US_PAGE);
+    us_order_post(batch->region->client, batch, US_ORDER_DISCARD);
+}
+
+/* One pass over a range.  `mark` has a zeroed entry for each page, kept from pass to pass.  Returns how many pages have not been
+ * ZERO yet: call again, a little later, until none is left.  -ECANCELED: the region is being closed. */
+int64_t us_region_discard(struct us_region *region, uint64_t first, uint64_t count, uint32_t *mark) {
     struct us_client *client = region->client;
     struct us_batch *batch = NULL;
     int64_t left = 0;
     uint64_t end = first + count;
     if (end > region->pages)
-        return -1;
+        return -EINVAL;
+    if (atomic_load(&region->closing))
+        return -ECANCELED;
     for (uint64_t i = us_pages_next(region, first); i < end; i++) {
         if (i % 512 == 0 && (i = us_pages_next(region, i)) >= end)
             break;
+        uint32_t *its = &mark[i - first];
+        if (*its == DONE)
+            continue;
         if (!batch && !atomic_load(&client->agent_late))
             batch = us_batch_take(client, region, US_BATCH_DISCARD);
-        left += !discard_page(region, batch, (uint32_t)i);
+        if (discard_page(region, batch, (uint32_t)i, its))
+            *its = DONE;
+        else
+            left++;
         if (batch && batch->pages == US_BATCH_PAGES) {
-            atomic_fetch_add(&region->leaving, (int64_t)batch->pages * US_PAGE);
-            us_order_post(client, batch, US_ORDER_DROP);
+            post(batch);
             batch = NULL;
         }
     }
-    if (batch && batch->pages) {
-        atomic_fetch_add(&region->leaving, (int64_t)batch->pages * US_PAGE);
-        us_order_post(client, batch, US_ORDER_DROP);
-    } else if (batch) {
-        us_batch_free(batch);
-    }
+    if (batch)
+        post(batch);
     us_kick_worker(client); /* it reaps the orders */
     return left;
 }

@@ -18,6 +18,8 @@
 
 #define SPIN_NS 30000ull /* how long the worker looks for a finished order before it sleeps */
 #define COMPACT_MOVES 64u
+#define LOOK_FOR_LATE_MS 20
+#define HELPER_AGAIN_MS 2
 
 static int compare(const void *a, const void *b) {
     uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
@@ -66,7 +68,7 @@ static uint32_t read_in_place(struct us_region *region, const uint32_t *index, u
         else
             remote[n++] = (struct iovec){(void *)(uintptr_t)us_address(region, index[i]), US_PAGE};
     }
-    ssize_t got = process_vm_readv(region->client->pid, &local, 1, remote, n, 0);
+    ssize_t got = process_vm_readv(region->client->agent_tid, &local, 1, remote, n, 0);
     if (got < 0 && errno == EPERM)
         region->client->copy_out = true;
     return got > 0 ? (uint32_t)((size_t)got / US_PAGE) : 0;
@@ -94,23 +96,32 @@ static bool store_in_place(struct us_region *region, uint32_t index, const uint8
     return false;
 }
 
-/* Pages marked BUSY, without a copy: give them one and add them to the batch. */
-static void compress_in_place(struct us_batch *batch, uint32_t *index, uint32_t count) {
+/* Pages marked BUSY, without a copy: give them one and add them to the batch.  False: not one of them went. */
+static bool compress_in_place(struct us_batch *batch, uint32_t *index, uint32_t count) {
     struct us_region *region = batch->region;
     qsort(index, count, sizeof *index, compare);
-    uint32_t got = count ? read_in_place(region, index, count, batch->buffer) : 0;
     bool full = false;
-    for (uint32_t i = 0; i < count; i++) {
-        if (i < got && !full && store_in_place(region, index[i], batch->buffer + (uint64_t)i * US_PAGE, &full))
-            batch->index[batch->pages++] = index[i];
-        else
-            keep_page(region, index[i]);
+    uint32_t before = batch->pages;
+    for (uint32_t start = 0; start < count;) {
+        uint32_t got = read_in_place(region, index + start, count - start, batch->buffer);
+        for (uint32_t i = 0; i < got; i++) {
+            uint32_t page = index[start + i];
+            if (!full && store_in_place(region, page, batch->buffer + (uint64_t)i * US_PAGE, &full))
+                batch->index[batch->pages++] = page;
+            else
+                keep_page(region, page);
+        }
+        start += got;
+        if (start < count) /* the page that ended the read: protected from reading, or gone */
+            keep_page(region, index[start++]);
     }
+    bool any = batch->pages != before;
     if (full) {
         us_store_full(region);
-    } else if (got && atomic_load(&region->full)) {
+    } else if (any && atomic_load(&region->full)) {
         atomic_store(&region->full, false);
     }
+    return any;
 }
 
 struct victims {
@@ -159,16 +170,18 @@ static void choose(struct us_region *region, uint32_t index, struct victims *vic
     }
 }
 
-static void post_place(struct us_client *client, struct us_batch *batch, const struct victims *victims) {
+/* False: nothing of it could be sent out. */
+static bool post_place(struct us_client *client, struct us_batch *batch, const struct victims *victims) {
     struct us_region *region = batch->region;
     uint32_t bare[US_BATCH_PAGES];
     memcpy(batch->index, victims->place, victims->places * sizeof *batch->index);
     batch->pages = victims->places;
     memcpy(bare, victims->bare, victims->bares * sizeof *bare);
-    compress_in_place(batch, bare, victims->bares);
+    if (victims->bares)
+        us_back_off(region, compress_in_place(batch, bare, victims->bares) || victims->places || victims->moves);
     if (!batch->pages) {
         us_batch_free(batch);
-        return;
+        return false;
     }
     qsort(batch->index, batch->pages, sizeof *batch->index, compare);
     for (uint32_t i = 0; i < batch->pages; i++)
@@ -177,6 +190,7 @@ static void post_place(struct us_client *client, struct us_batch *batch, const s
                 batch->moved |= 1ull << i;
     atomic_fetch_add(&region->leaving, (int64_t)batch->pages * US_PAGE);
     us_order_post(client, batch, US_ORDER_DROP);
+    return true;
 }
 
 static void post_move(struct us_client *client, struct us_batch *batch, const struct victims *victims) {
@@ -210,8 +224,7 @@ static bool evict(struct us_client *client, struct us_region *region) {
     for (uint32_t i = 0; i < n; i++)
         choose(region, index[i], &victims, 1 + us_batch_number(move) * US_BATCH_PAGES);
     post_move(client, move, &victims);
-    post_place(client, place, &victims);
-    return victims.moves || victims.places || victims.bares;
+    return post_place(client, place, &victims) || victims.moves;
 }
 
 static bool orders_open(struct us_client *client) {
@@ -224,26 +237,6 @@ static bool orders_open(struct us_client *client) {
 static bool order_done(struct us_client *client) {
     struct us_order *order = &client->channel->order[client->order_reaped % US_ORDERS];
     return atomic_load(&order->state) == US_ORDER_DONE;
-}
-
-/* Sleep until the agent has finished something, a fault presses, or it is time to look whether an order is late. */
-static void rest(struct us_client *client, int pressed_ms) {
-    uint64_t until = us_now() + SPIN_NS;
-    bool open = orders_open(client);
-    while (open && client->worker_apart && us_now() < until)
-        if (order_done(client))
-            return;
-    atomic_store(&client->worker_asleep, 1);
-    atomic_store(&client->channel->pager_waits, 1);
-    if (!order_done(client) && !atomic_load(&client->stop)) {
-        struct pollfd wait = {.fd = client->done_fd, .events = POLLIN};
-        poll(&wait, 1, open ? 20 : pressed_ms);
-    }
-    atomic_store(&client->worker_asleep, 0);
-    atomic_store(&client->channel->pager_waits, 0);
-    uint64_t count;
-    ssize_t ignored = read(client->done_fd, &count, sizeof count);
-    (void)ignored;
 }
 
 /* In how many ms eviction should be tried again, -1: no region is over its mark. */
@@ -263,9 +256,31 @@ static int next_try(struct us_client *client) {
     return soonest;
 }
 
+/* Sleep until the agent has finished something, a fault presses, or it is time to look whether an order is late. */
+static void rest(struct us_client *client) {
+    uint64_t until = us_now() + SPIN_NS;
+    bool open = orders_open(client);
+    while (open && client->worker_apart && us_now() < until)
+        if (order_done(client))
+            return;
+    atomic_store(&client->worker_asleep, 1);
+    atomic_store(&client->channel->pager_waits, 1);
+    /* only now: who presses after this look finds the worker asleep, and kicks it */
+    int pressed_ms = next_try(client);
+    if (!order_done(client) && !atomic_load(&client->stop)) {
+        struct pollfd wait = {.fd = client->done_fd, .events = POLLIN};
+        poll(&wait, 1, open ? LOOK_FOR_LATE_MS : pressed_ms);
+    }
+    atomic_store(&client->worker_asleep, 0);
+    atomic_store(&client->channel->pager_waits, 0);
+    uint64_t count;
+    ssize_t ignored = read(client->done_fd, &count, sizeof count);
+    (void)ignored;
+}
+
 /* Finish what has come back, and send out a batch more if a region is over its mark. */
 static bool work(struct us_client *client) {
-    bool progress = us_reap(client);
+    bool progress = us_reap(client) | us_finish_writes(client);
     struct us_region *region = atomic_load(&client->gone) ? NULL : next_pressed(client);
     if (region) {
         progress |= evict(client, region);
@@ -283,7 +298,7 @@ void *us_worker_main(void *argument) {
         if (work(client))
             continue;
         us_check_late(client);
-        rest(client, next_try(client));
+        rest(client);
     }
     return NULL;
 }
@@ -296,7 +311,7 @@ void *us_helper_main(void *argument) {
         struct pollfd wait = {.fd = client->helper_fd, .events = POLLIN};
         uint64_t count;
         atomic_store(&client->helper_asleep, 1);
-        poll(&wait, 1, -1);
+        poll(&wait, 1, us_client_parked(client) ? HELPER_AGAIN_MS : -1);
         ssize_t ignored = read(client->helper_fd, &count, sizeof count);
         (void)ignored;
         while (!atomic_load(&client->stop) && us_client_parked(client) && work(client))

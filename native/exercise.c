@@ -49,9 +49,10 @@ static void visit_locked(struct us_exercise *exercise, uint64_t page, uint32_t t
         lose(exercise, page);
 }
 
+/* kind 0: only verify */
 static void step(struct us_exercise *exercise, uint64_t page, uint32_t thread, uint32_t kind) {
-    if (kind == US_EXERCISE_READ || kind == US_EXERCISE_OWN) {
-        visit_own(exercise, page, thread, kind == US_EXERCISE_OWN);
+    if (!kind || kind == US_EXERCISE_OWN) {
+        visit_own(exercise, page, thread, kind);
     } else if (kind == US_EXERCISE_ATOMIC) {
         atomic_fetch_add(&page_at(exercise, page)->shared, 1);
         exercise->atomic[page * US_EXERCISE_THREADS + thread]++;
@@ -68,7 +69,7 @@ static uint64_t next_page(const struct us_exercise *exercise, uint64_t page, uin
 
 void us_exercise_run(struct us_exercise *exercise, uint32_t thread) {
     uint64_t state = exercise->seed * 6364136223846793005ull + thread * 1442695040888963407ull + 1, page = 0;
-    uint32_t kind[4], kinds = 0;
+    uint32_t kind[3], kinds = 0;
     if (thread >= US_EXERCISE_THREADS || !exercise->kinds)
         return;
     state = state ? state : 1;
@@ -78,8 +79,8 @@ void us_exercise_run(struct us_exercise *exercise, uint32_t thread) {
     for (uint64_t i = 1; i <= exercise->steps; i++) {
         uint64_t random = next_random(&state);
         if (exercise->burst < 2 || i % exercise->burst == 0)
-            page = next_page(exercise, page, random >> 8);
-        step(exercise, page, thread, kind[random % 256 % kinds]);
+            page = next_page(exercise, page, random >> 16);
+        step(exercise, page, thread, random % 256 < exercise->reads ? 0 : kind[(random >> 32) % kinds]);
         if (i % REPORT_EVERY == 0) {
             __atomic_fetch_add(&exercise->done, REPORT_EVERY, __ATOMIC_RELAXED);
             if (__atomic_load_n(&exercise->stop, __ATOMIC_RELAXED))

@@ -13,10 +13,9 @@
 #define US_EXERCISE_THREADS 16u
 
 enum us_exercise_kind {
-    US_EXERCISE_READ = 1,   /* verify the thread's own counter */
-    US_EXERCISE_OWN = 2,    /* verify and increment it */
-    US_EXERCISE_ATOMIC = 4, /* increment a counter that all threads share */
-    US_EXERCISE_LOCKED = 8  /* increment two counters under the page's mutex, which must be equal */
+    US_EXERCISE_OWN = 1,    /* verify the thread's own counter and increment it */
+    US_EXERCISE_ATOMIC = 2, /* increment a counter that all threads share */
+    US_EXERCISE_LOCKED = 4  /* increment two counters under the page's mutex, which must be equal */
 };
 
 struct us_exercise_page {
@@ -39,7 +38,8 @@ struct us_exercise {
     uint64_t pages;
     uint64_t steps; /* of each thread */
     uint64_t seed;
-    uint32_t kinds;   /* enum us_exercise_kind, or-ed: each step is one of them */
+    uint32_t kinds;   /* enum us_exercise_kind, or-ed: a step is one of them */
+    uint32_t reads;   /* of 256 steps so many only verify the thread's own counter */
     uint32_t stride;  /* 0: pages at random, else each thread walks by so many pages */
     uint32_t burst;   /* steps on a page before the next one */
     uint32_t hot;     /* every second visit goes to one of so many pages: they are written as they are evicted */

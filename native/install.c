@@ -5,7 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #define WRITE_SOON 128u   /* of 256: above this, pages read in are installed writable at once */
 #define SAMPLE_EVERY 16u  /* of those, one in so many stays protected, to see whether that is still right */
@@ -97,19 +96,17 @@ int us_install(struct us_region *region, uint32_t first, uint32_t count, const u
     return error;
 }
 
-/* Install a page whose only copies are in a batch: FILLING, charged.  There is no state to fall back to, so it does not give up
- * while the client lives (ENOMEM: its memory cgroup is at its limit for the moment). */
-void us_install_rescued(struct us_region *region, uint32_t index, const uint8_t *data) {
+/* Install a page whose only copies are in a batch: FILLING, charged.  On an error (ENOMEM: the client's memory cgroup is at its
+ * limit for the moment) the word is still FILLING and the caller's. */
+int us_install_rescued(struct us_region *region, uint32_t index, const uint8_t *data) {
     struct us_client *client = region->client;
-    for (;;) {
-        uint64_t done;
-        int rc = us_uffd_copy(client->uffd, us_address(region, index), data, US_PAGE, 0, &done);
-        if (rc == 0 || rc == -EEXIST || rc == -ESRCH || rc == -ENOENT)
-            break;
-        usleep(100);
-    }
+    uint64_t done;
+    int rc = us_uffd_copy(client->uffd, us_address(region, index), data, US_PAGE, 0, &done);
+    if (rc && rc != -EEXIST && rc != -ESRCH && rc != -ENOENT)
+        return rc;
     filled(region, index, true, false);
     us_uffd_wake(client->uffd, us_address(region, index), US_PAGE);
+    return 0;
 }
 
 /* Will this page be written soon after it was read?  Learned from pages that are installed protected. */
@@ -225,13 +222,15 @@ int us_fill_done(struct us_region *region, const struct us_miss *miss, const uin
     return error;
 }
 
-/* The store could not give these pages: poison them, or put them back so that the fault comes again. */
-void us_fill_failed(struct us_region *region, const struct us_miss *miss, int lost) {
+/* The store could not give these pages: poison them, or put them back so that the fault comes again.  Returns the bits of pages
+ * that were discarded meanwhile, as us_fill_done does. */
+uint64_t us_fill_failed(struct us_region *region, const struct us_miss *miss, int lost) {
+    uint64_t void_pages = 0;
     for (uint32_t i = 0; i < miss->count; i++) {
         uint64_t seen = atomic_load(&region->word[miss->first + i]);
         bool ours = us_state_of(seen) == US_FILLING && us_handle_of(seen) == miss->ticket;
         if (!ours) {
-            us_word_clear(&region->word[miss->first + i], US_BUSY);
+            void_pages |= 1ull << i;
             us_release(region, US_PAGE);
         } else if (lost) {
             poison(region, miss->first + i);
@@ -239,4 +238,5 @@ void us_fill_failed(struct us_region *region, const struct us_miss *miss, int lo
             unfilled(region, miss->first + i);
         }
     }
+    return void_pages;
 }

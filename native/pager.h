@@ -26,6 +26,7 @@ enum us_batch_state {
     US_BATCH_BUILDING,
     US_BATCH_ORDERED,  /* MOVE, DROP or RELEASE is with the agent */
     US_BATCH_WRITING,  /* with the asyncio loop, which awaits the store */
+    US_BATCH_WRITTEN,  /* the store has answered; a worker takes it from here */
     US_BATCH_DRAINING  /* finished, a rescue still reads its buffer */
 };
 enum us_batch_kind { US_BATCH_MOVE, US_BATCH_PLACE, US_BATCH_DISCARD };
@@ -42,7 +43,8 @@ struct us_batch {
     uint32_t pages;
     uint32_t order; /* the order kind that is open */
     uint64_t moved;      /* MOVE: slots that hold data in staging; PLACE: pages whose copy counted in the budget */
-    uint64_t written_ns; /* when the store write was handed to the loop */
+    uint64_t accepted; /* WRITTEN: the slots that the store took */
+    _Atomic bool told, full; /* WRITING: the loop has it; WRITTEN: the store has no room */
     struct us_region *region;
     uint8_t *buffer;
     uint32_t index[US_BATCH_PAGES];
@@ -102,6 +104,7 @@ struct us_region {
 struct us_client {
     int uffd, table_fd, channel_fd, order_fd, done_fd, loop_fd;
     int pid;
+    int agent_tid; /* reads go by the agent's thread: the main thread may have ended before its process */
     uint64_t features;
     uint32_t canary;
     bool copy_out; /* staging is read by the agent: process_vm_readv is refused */
@@ -128,7 +131,7 @@ struct us_client {
     int server_tid, worker_tid, helper_tid;
     _Atomic uint32_t helper_asleep;
     int helper_fd;
-    _Atomic bool server_ended;
+    _Atomic bool server_stop, server_ended;
     int placement; /* enum us_placement */
     int server_cpu; /* -1: not placed */
     uint32_t looks_elsewhere;
@@ -139,7 +142,7 @@ struct us_client {
 /* client.c */
 int us_client_create(struct us_client **out, int uffd, int pid, uint64_t features, int copy_out, uint32_t canary);
 int us_client_descriptors(const struct us_client *client, int which);
-void us_client_set_staging(struct us_client *client, uint64_t address);
+void us_client_set_agent(struct us_client *client, uint64_t staging, int tid);
 int us_client_start(struct us_client *client, int native_server, int placement);
 void us_client_stop(struct us_client *client);
 void us_client_destroy(struct us_client *client);
@@ -173,8 +176,8 @@ uint64_t us_pages_next(struct us_region *region, uint64_t index);
 int us_install(struct us_region *region, uint32_t first, uint32_t count, const uint8_t *data, bool writable, bool keep);
 bool us_fill_native(struct us_region *region, uint32_t first, uint64_t word, uint32_t ahead, bool write, bool keep);
 int us_fill_done(struct us_region *region, const struct us_miss *miss, const uint8_t *data, uint64_t *void_pages);
-void us_fill_failed(struct us_region *region, const struct us_miss *miss, int lost);
-void us_install_rescued(struct us_region *region, uint32_t index, const uint8_t *data);
+uint64_t us_fill_failed(struct us_region *region, const struct us_miss *miss, int lost);
+int us_install_rescued(struct us_region *region, uint32_t index, const uint8_t *data);
 uint8_t *us_run_buffer(void);
 const uint8_t *us_zero_page(void);
 
@@ -189,6 +192,8 @@ int us_put_miss(struct us_client *client, const struct us_miss *miss);
 void *us_worker_main(void *client);
 void *us_helper_main(void *client);
 bool us_reap(struct us_client *client);
+bool us_finish_writes(struct us_client *client);
+void us_back_off(struct us_region *region, bool success);
 struct us_batch *us_batch_take(struct us_client *client, struct us_region *region, uint32_t kind);
 void us_batch_free(struct us_batch *batch);
 uint64_t us_batch_mask(const struct us_batch *batch);
@@ -206,7 +211,7 @@ void us_read_strided(struct us_region *region, uint32_t index, struct us_ahead a
 int64_t us_region_prefetch(struct us_region *region, uint64_t first, uint64_t count);
 
 /* discard.c */
-int64_t us_region_discard(struct us_region *region, uint64_t first, uint64_t count);
+int64_t us_region_discard(struct us_region *region, uint64_t first, uint64_t count, uint32_t *mark);
 uint64_t us_discard_begin(struct us_region *region, uint64_t first, uint32_t count);
 void us_discard_end(struct us_region *region, uint64_t first, uint64_t pages);
 

@@ -1,6 +1,7 @@
 /* Reading ahead: what a policy named, clipped to pages that are not resident and to the room there is. */
 #define _GNU_SOURCE
 #include "pager.h"
+#include <errno.h>
 
 /* Names one fill from an awaited store; fits a word's handle and is never 0. */
 uint64_t us_next_ticket(struct us_client *client) {
@@ -66,6 +67,8 @@ void us_read_strided(struct us_region *region, uint32_t index, struct us_ahead a
  * when there is no room at the moment. */
 int64_t us_region_prefetch(struct us_region *region, uint64_t first, uint64_t count) {
     uint64_t now = us_now(), done = 0;
+    if (atomic_load(&region->closing))
+        return -ECANCELED;
     for (; done < count && first + done < region->pages; done++)
         if (!read_one(region, (uint32_t)(first + done), false, false, now))
             break;

@@ -52,7 +52,8 @@ bool us_reserve(struct us_region *region, uint32_t pages, bool force) {
     if (after <= atomic_load(&region->limit))
         return true;
     bool yields = (region->grow && atomic_load(&region->full)) || atomic_load(&region->refused) ||
-                  atomic_load(&region->client->agent_late) || atomic_load(&region->client->quiet);
+                  atomic_load(&region->client->agent_late) || atomic_load(&region->client->quiet) ||
+                  atomic_load(&region->closing); /* no eviction: nothing would ever make room */
     if (force || yields) {
         us_count(&region->count.over_budget, pages);
         return true;
@@ -152,6 +153,11 @@ int us_region_open(struct us_client *client, uint64_t start, uint64_t pages, uin
     us_region_limit(region, limit);
     pthread_rwlock_wrlock(&client->map_lock);
     int rc = region->prefetch_state ? 0 : -ENOMEM;
+    for (uint32_t i = 0; i < client->regions && rc == 0; i++) {
+        const struct us_region *other = client->region[i];
+        if (start < us_address(other, other->pages) && other->start < start + (pages << US_PAGE_SHIFT))
+            rc = -EEXIST;
+    }
     if (rc == 0 && client->regions == client->regions_room) {
         uint32_t room = client->regions_room ? client->regions_room * 2 : 16;
         struct us_region **grown = realloc(client->region, room * sizeof *grown);
@@ -178,7 +184,8 @@ int us_region_open(struct us_client *client, uint64_t start, uint64_t pages, uin
 
 /* Stop eviction; 0 once nothing of the region is with the agent or the store any more, else -EAGAIN: ask again. */
 int us_region_quiesce(struct us_region *region) {
-    atomic_store(&region->closing, true);
+    if (!atomic_exchange(&region->closing, true))
+        us_release(region, 0);
     return atomic_load(&region->users) ? -EAGAIN : 0;
 }
 
@@ -229,6 +236,8 @@ void us_region_detach(struct us_region *region, int unmapped) {
     pthread_rwlock_unlock(&client->map_lock);
     if (!unmapped)
         us_uffd_unregister(client->uffd, region->start, region->pages << US_PAGE_SHIFT);
+    else /* who slept on it faults again, and finds no memory */
+        us_uffd_wake(client->uffd, region->start, region->pages << US_PAGE_SHIFT);
 }
 
 /* After us_region_detach, once every fill has ended and every batch is free. */

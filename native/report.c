@@ -52,7 +52,8 @@ void us_region_census(struct us_region *region, uint64_t *pages) {
     for (uint64_t i = us_pages_next(region, 0); i < region->pages; i++) {
         if (i % 512 == 0 && (i = us_pages_next(region, i)) >= region->pages)
             break;
-        pages[us_state_of(atomic_load_explicit(&region->word[i], memory_order_relaxed))]++;
+        enum us_state state = us_state_of(atomic_load_explicit(&region->word[i], memory_order_relaxed));
+        pages[state < US_STATES ? state : US_ZERO]++; /* the client holds the table too */
         seen++;
     }
     pages[US_ZERO] += region->pages - seen;

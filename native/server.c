@@ -72,18 +72,21 @@ static bool resolve_resident(struct us_region *region, uint32_t index, uint64_t 
 
 /* Rescue: the page left for staging and its data is in the batch's buffer.  The pin is taken before the word is looked at again:
  * the worker frees a buffer only after no word says LEAVING and then no pin is left. */
-static bool rescue(struct us_region *region, uint32_t index, uint64_t seen, bool write) {
+static bool rescue(struct us_region *region, uint32_t index, uint64_t seen) {
     struct us_client *client = region->client;
     uint64_t where = us_handle_of(seen) - 1;
     struct us_batch *batch = &client->batch[where / US_BATCH_PAGES % US_BATCHES];
-    (void)write;
     atomic_fetch_add(&batch->pins, 1);
     bool ours = us_word_swap(&region->word[index], &seen, us_with_handle(us_with_state(seen, US_FILLING), 0));
-    if (ours) {
-        us_count(&region->count.rescue, 1);
-        us_install_rescued(region, index, batch->buffer + where % US_BATCH_PAGES * US_PAGE);
-    } else {
+    if (!ours) {
         us_release(region, US_PAGE);
+    } else if (us_install_rescued(region, index, batch->buffer + where % US_BATCH_PAGES * US_PAGE)) {
+        /* no memory at the moment: back to LEAVING, and the fault comes again */
+        uint64_t old = us_word_leave(&region->word[index], US_FILLING, US_LEAVING, where + 1, 0, 0);
+        us_wake_page(region, index, old | US_WAITER);
+        us_release(region, US_PAGE);
+    } else {
+        us_count(&region->count.rescue, 1);
     }
     atomic_fetch_sub(&batch->pins, 1);
     return ours;
@@ -140,7 +143,7 @@ static bool answer(struct fault *fault) {
         if (!us_reserve(region, 1, false) && park(region))
             return true;
         if (state == US_LEAVING)
-            return rescue(region, index, seen, write);
+            return rescue(region, index, seen);
         run = ask_policy(fault);
         if (state == US_STORED && !region->pool)
             return await_store(region, index, seen, write, run, fault->now);
@@ -214,7 +217,7 @@ void *us_server_main(void *argument) {
     struct us_client *client = argument;
     client->server_tid = (int)syscall(SYS_gettid);
     int rc = prepare_sleep(client);
-    while (rc >= 0 && !atomic_load(&client->stop))
+    while (rc >= 0 && !atomic_load(&client->server_stop))
         rc = us_serve(client, 1);
     atomic_store(&client->server_ended, true);
     return NULL;

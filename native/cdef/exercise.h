@@ -1,8 +1,7 @@
 #define US_EXERCISE_THREADS 16
-#define US_EXERCISE_READ 1
-#define US_EXERCISE_OWN 2
-#define US_EXERCISE_ATOMIC 4
-#define US_EXERCISE_LOCKED 8
+#define US_EXERCISE_OWN 1
+#define US_EXERCISE_ATOMIC 2
+#define US_EXERCISE_LOCKED 4
 
 struct us_exercise {
     uint8_t *memory;
@@ -10,6 +9,7 @@ struct us_exercise {
     uint64_t steps;
     uint64_t seed;
     uint32_t kinds;
+    uint32_t reads;
     uint32_t stride;
     uint32_t burst;
     uint32_t hot;

@@ -12,7 +12,7 @@ struct us_miss {
 
 int us_client_create(struct us_client **out, int uffd, int pid, uint64_t features, int copy_out, uint32_t canary);
 int us_client_descriptors(const struct us_client *client, int which);
-void us_client_set_staging(struct us_client *client, uint64_t address);
+void us_client_set_agent(struct us_client *client, uint64_t staging, int tid);
 int us_client_start(struct us_client *client, int native_server, int placement);
 void us_client_stop(struct us_client *client);
 void us_client_destroy(struct us_client *client);
@@ -31,10 +31,10 @@ void us_region_limit(struct us_region *region, uint64_t limit);
 int us_serve(struct us_client *client, int rounds);
 int us_take_misses(struct us_client *client, struct us_miss *out, int most);
 int us_fill_done(struct us_region *region, const struct us_miss *miss, const uint8_t *data, uint64_t *void_pages);
-void us_fill_failed(struct us_region *region, const struct us_miss *miss, int lost);
+uint64_t us_fill_failed(struct us_region *region, const struct us_miss *miss, int lost);
 int us_take_writes(struct us_client *client, uint32_t *batches, int most);
 int us_write_done(struct us_client *client, uint32_t batch, uint64_t accepted, int full);
-int64_t us_region_discard(struct us_region *region, uint64_t first, uint64_t count);
+int64_t us_region_discard(struct us_region *region, uint64_t first, uint64_t count, uint32_t *mark);
 uint64_t us_discard_begin(struct us_region *region, uint64_t first, uint32_t count);
 void us_discard_end(struct us_region *region, uint64_t first, uint64_t pages);
 int64_t us_region_prefetch(struct us_region *region, uint64_t first, uint64_t count);
