@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 from pathlib import Path
 
@@ -42,7 +41,7 @@ def require() -> Hierarchy:
     if os.geteuid() != 0:
         raise RefusalError("swap and control groups need root", "run it with sudo")
     for command in ("mkswap", "swapon", "swapoff"):
-        if shutil.which(command) is None:
+        if changes.find_command(command) is None:
             raise RefusalError(f"the command {command} is missing", "apt install util-linux mount")
     if not changes.zram_names() and not HOT_ADD.exists():
         raise RefusalError("this kernel has no zram device", "try: modprobe zram")

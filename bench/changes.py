@@ -10,7 +10,9 @@ Must not know: when changes are made, or why.
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -124,7 +126,8 @@ class ZramAdded(Change):
         removed = []
         for name in zram_names():
             if name not in self.before and not zram_in_use(name):
-                Path("/sys/class/zram-control/hot_remove").write_text(name.removeprefix("zram"))
+                control = Path("/sys/class/zram-control/hot_remove")
+                _write_when_free(control, name.removeprefix("zram"))
                 removed.append(name)
         return f"{', '.join(removed)} removed" if removed else None
 
@@ -152,7 +155,7 @@ class ZramConfigured(Change):
         if zram_in_use(self.name) and not empty and not carries_label(Path("/dev", self.name)):
             return None
         was_set_up = zram_in_use(self.name)
-        (folder / "reset").write_text("1")
+        _write_when_free(folder / "reset", "1")
         (folder / "comp_algorithm").write_text(self.algorithm_before)
         return f"{self.name} reset" if was_set_up else None
 
@@ -176,10 +179,30 @@ class SwapOn(Change):
         return f"swap on {self.device} off"
 
 
-def _command(*words: str) -> None:
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+def _write_when_free(path: Path, text: str, patience: float = 5.0) -> None:
+    """A device that came or went is looked at by udev, and busy for as long."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            path.write_text(text)
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+        else:
+            return
+
+
+def find_command(name: str) -> str | None:
+    """Where a command of the system is, also for a root whose PATH is a user's."""
+    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+def _command(name: str, *words: str) -> None:
+    command = [find_command(name) or name, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise OSError(f"{' '.join(words)}: {done.stderr.strip() or f'exit {done.returncode}'}")
+        raise OSError(f"{' '.join(command)}: {done.stderr.strip() or f'exit {done.returncode}'}")
 
 
 def swaps() -> list[str]:

@@ -102,26 +102,30 @@ def _positive(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     options = make_options(arguments)
-    signal.signal(signal.SIGHUP, _hang_up)
+    previous = signal.signal(signal.SIGHUP, _hang_up)
     try:
-        hierarchy = baseline.require()
-        _require_service(options)
-        journal = Journal()
+        result = _compare(options, arguments.cases)
     except (RefusalError, BusyError) as error:
         print(f"userswap: {error}", file=sys.stderr)
         return CANNOT
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    print(json.dumps(as_json(result)) if arguments.json else as_text(result))
+    return 1 if result.problems else 0
+
+
+def _compare(options: Options, wanted: Sequence[str]) -> Result:
+    """Nothing is changed on the machine before all that can refuse has been asked."""
+    hierarchy = baseline.require()
+    _require_service(options)
+    journal = Journal()
     try:
         for line in baseline.restore(journal):
             progress(f"left by an interrupted run: {line}")
         with Rig(journal, hierarchy, options.size) as rig:
-            result = measure(rig, options, arguments.cases)
-    except RefusalError as error:
-        print(f"userswap: {error}", file=sys.stderr)
-        return CANNOT
+            return measure(rig, options, wanted)
     finally:
         journal.close()
-    print(json.dumps(as_json(result)) if arguments.json else as_text(result))
-    return 1 if result.problems else 0
 
 
 def make_options(arguments: argparse.Namespace) -> Options:

@@ -5,6 +5,7 @@ Must not know: how anything was measured.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -149,10 +150,7 @@ def as_text(result: Result) -> str:
     if result.goals:
         lines = [("goal", "at most", "reached", ""), *map(_goal_row, result.goals)]
         parts.append(_table(lines))
-    parts += [f"problem: {problem}" for problem in result.problems]
-    if not result.problems:
-        parts.append(f"verified: {result.pages_verified} accesses, 0 bad pages")
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, "\n".join(_verdict(result))])
 
 
 def _heading(result: Result) -> str:
@@ -167,6 +165,25 @@ def _heading(result: Result) -> str:
         f"the clock; p50, p99, p99.9: single accesses in us; CPU s: all processes\n"
         f"others took {result.disturbance:.0%} of the CPUs meanwhile{_warning(result)}"
     )
+
+
+def _verdict(result: Result) -> list[str]:
+    runs = [run for each in result.cases for run in each.everything]
+    lines = [f"problem: {problem}" for problem in result.problems]
+    void = Counter(f"{run.side}: {run.reason}" for run in runs if run.reason)
+    lines += [f"void: {count} of {reason}" for reason, count in sorted(void.items())]
+    ours = [run for run in runs if run.side == "userswap"]
+    if ours:
+        in_swap = max(run.swapped_bytes for run in ours)
+        written = sum(run.swapped_out_pages for run in ours)
+        locked = "locked" if all(run.stats.get("pool_locked") for run in ours) else "not locked"
+        lines.append(
+            f"userswap's own memory: {in_swap} bytes in kernel swap, {written} pages swapped out "
+            f"machine-wide during its runs, pool {locked}"
+        )
+    if not result.problems:
+        lines.append(f"verified: {result.pages_verified} accesses, 0 bad pages")
+    return lines
 
 
 def _fairness(result: Result) -> str:

@@ -295,6 +295,57 @@ def test_a_reboot_has_undone_everything(tmp_path: Path) -> None:
     journal.close()
 
 
+def test_both_versions_of_control_groups_are_read(tmp_path: Path) -> None:
+    files = {
+        1: {
+            "memory.usage_in_bytes": "4096",
+            "memory.stat": "cache 1\nswap 8192\n",
+            "memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n",
+        },
+        2: {
+            "memory.current": "4096",
+            "memory.swap.current": "8192",
+            "memory.events": "low 0\noom 4\noom_kill 3\n",
+        },
+    }
+    for version, contents in files.items():
+        hierarchy = control_group.Hierarchy(version, tmp_path)
+        folder = tmp_path / f"version-{version}"
+        folder.mkdir()
+        for name, content in contents.items():
+            (folder / name).write_text(content)
+        group = control_group.Group(hierarchy, folder.name)
+        assert (group.usage(), group.swapped(), group.kills()) == (4096, 8192, 3)
+        group.limit(1 << 20)
+        group.limit(None)
+    assert (tmp_path / "version-1" / "memory.limit_in_bytes").read_text() == "-1"
+    assert (tmp_path / "version-2" / "memory.max").read_text() == "max"
+
+
+def test_version_2_hands_the_controller_down_where_needed(tmp_path: Path) -> None:
+    hierarchy = control_group.Hierarchy(2, tmp_path)
+    control = tmp_path / "cgroup.subtree_control"
+    control.write_text("cpu memory\n")
+    assert [change.kind for change in hierarchy.changes("group")] == ["control-group"]
+    control.write_text("cpu\n")
+    kinds = [change.kind for change in hierarchy.changes("group")]
+    assert kinds == ["group-controller", "control-group"]
+
+
+def test_it_refuses_with_cause_and_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr(control_group, "find", lambda: None)
+    monkeypatch.setattr(changes, "find_command", str)
+    monkeypatch.setattr(changes, "zram_names", lambda: ["zram0"])
+    assert cli.main(["bench", "kernel"]) == cli.UNSUPPORTED
+    assert "no memory control group" in capsys.readouterr().err
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert cli.main(["bench", "kernel"]) == cli.UNSUPPORTED
+    assert "run it with sudo" in capsys.readouterr().err
+
+
 KILLED = """
 import sys
 from pathlib import Path
