@@ -273,7 +273,7 @@ def interrupt(code: str, *, after: float, timeout: float = 30) -> tuple[int, str
 
 BEFORE_INTERRUPT = """
 import time, userswap
-region = userswap.Region("256MiB", resident="192MiB", store="memory:")
+region = userswap.Region("96MiB", resident="72MiB", store="memory:")
 block = bytes(range(256)) * 16
 for offset in range(0, region.size, 1 << 20):
     region.memory[offset : offset + (1 << 20)] = block * 256
@@ -287,8 +287,8 @@ except KeyboardInterrupt:
     interrupted = True
 assert interrupted
 stats = region.stats()
-region.resize_resident("64MiB")
-assert region.stats().resident_bytes <= 64 << 20
+region.resize_resident("24MiB")
+assert region.stats().resident_bytes <= 24 << 20
 assert region.memory[-4096:] == block
 region.memory[4096 : 8192] = block
 region.discard(0, 4096)
@@ -301,9 +301,9 @@ assert pager != stats.pager_pid
 print("good")
 """
 LONG = {
-    "resize_resident": "region.resize_resident('16MiB'); region.resize_resident('192MiB'); "
+    "resize_resident": "region.resize_resident('8MiB'); region.resize_resident('72MiB'); "
     "region.prefetch(0, region.size)",
-    "discard": "region.discard(0, 1 << 27); region.memory[: 1 << 27] = block * (1 << 15)",
+    "discard": "region.discard(0, 1 << 26); region.memory[: 1 << 26] = block * (1 << 14)",
     "stats": "region.stats()",
 }
 
@@ -341,5 +341,5 @@ for pager in pagers:
     assert not os.path.exists(f"/proc/{pager}"), pager
 print("good")
 """
-    for turn in range(6):
+    for turn in range(4):
         assert interrupt(code, after=0.02 + 0.09 * turn) == (0, "good\n", "")

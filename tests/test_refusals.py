@@ -214,7 +214,7 @@ for spare in range(0, 24, 2):
     try:
         userswap.Region("4MiB", resident="2MiB").close()
         break
-    except userswap.UserswapError as error:
+    except (userswap.UserswapError, OSError) as error:
         assert "ulimit -n" in str(error) or "open files" in str(error), (spare, repr(error))
 else:
     raise AssertionError("24 descriptors are not enough")
