@@ -93,7 +93,7 @@ class Child:
         with open(folder / "out", "wb") as out, open(folder / "err", "wb") as err:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-u", "-c", self._source],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=err,
                 env=self._env,
@@ -128,6 +128,11 @@ class Child:
         path = Path(self.report)
         return path.read_text() if path.exists() else ""
 
+    def go_on(self) -> None:
+        """End a scenario's wait for its standard input."""
+        assert self.process.stdin
+        self.process.stdin.close()
+
     def said(self, word: str, within: float = 20) -> str:
         """Wait for a line that begins with a word; returns the rest of it."""
 
@@ -151,6 +156,10 @@ class Child:
             self.end()
             return STUCK
 
+    def processes(self) -> list[int]:
+        """Everything that carries its mark."""
+        return marked(self._mark)
+
     def left_over(self, within: float = 3) -> list[int]:
         """What still runs of it, its pager first of all, after some time to go."""
         soon(lambda: not marked(self._mark), within)
@@ -162,6 +171,8 @@ class Child:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+        if self.process.stdin:
+            self.process.stdin.close()
         while (left := marked(self._mark)) and time.monotonic() < deadline:
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):

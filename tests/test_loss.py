@@ -148,7 +148,9 @@ def test_locked_pages_stay(store: str) -> None:
         ("read", "failed", True),
         ("read", "bug", False),
         ("discard", "failed", False),
+        ("discard", "bug", False),
         ("flush", "failed", False),
+        ("flush", "bug", False),
         ("any", "failed", True),
     ],
 )
