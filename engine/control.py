@@ -89,7 +89,10 @@ class Pending:
         except Empty:
             raise PagerError(f"the pager has not answered for {timeout:g} s") from None
         if isinstance(answer, PagerError):
-            raise answer
+            try:
+                raise answer
+            finally:
+                del answer  # an error that refers to itself would hold what its callers hold
         message, descriptors = answer
         if not message.get("ok"):
             for descriptor in descriptors:

@@ -60,7 +60,7 @@ class Keeper:
             try:
                 raise result
             finally:
-                del result
+                del result  # an error that refers to itself would hold what its callers hold
         return result[0]
 
     def leave(self, job: Callable[[], object]) -> None:

@@ -251,6 +251,44 @@ def test_a_forked_child_does_not_hold_the_pager(end: str, fork: str) -> None:
         os.kill(forked, signal.SIGKILL)
 
 
+DEATH = """
+import os, signal, sys, time, userswap
+mode, buffers = sys.argv[1:]
+region = userswap.Region("8MiB", resident="2MiB", name="orphan", on_pager_death=mode)
+region.memory[:] = b"q" * region.size
+view = region.memory[:100] if buffers == "buffers" else None
+os.kill(region.stats().pager_pid, signal.SIGKILL)
+try:
+    while True:
+        region.stats()
+except userswap.PagerError as error:
+    assert "gone" in str(error), error
+region.close()
+del region
+view = None
+with userswap.Region("8MiB", resident="2MiB") as region:
+    region.memory[:] = b"r" * region.size
+    assert bytes(region.memory) == b"r" * region.size
+print(len(os.listdir("/proc/self/fd")))
+"""
+
+
+@pytest.mark.parametrize("buffers", ["none", "buffers"])
+def test_a_region_whose_pager_died_can_be_closed(buffers: str) -> None:
+    child = run_child(DEATH, args=["block", buffers], timeout=30)
+    assert child.returncode == 0, child.stderr
+    assert child.stderr.startswith("userswap: the pager died")
+    assert child.stderr.count("\n") == 1, child.stderr
+    assert int(child.stdout) <= 6
+
+
+def test_the_pagers_death_ends_a_process_that_is_asking() -> None:
+    child = run_child(DEATH, args=["abort", "none"], timeout=30)
+    assert child.returncode == -signal.SIGABRT, child.stderr
+    assert child.stderr.startswith("userswap: the pager died")
+    assert child.stdout == ""
+
+
 def interrupt(code: str, *, after: float, timeout: float = 30) -> tuple[int, str, str]:
     """Run code that prints a line, send it SIGINT a moment later; status, output, errors."""
     child = subprocess.Popen(
