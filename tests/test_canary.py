@@ -14,6 +14,9 @@ import scenarios
 from proof import LOST, STUCK, Child, call
 
 
+pytestmark = pytest.mark.privileged  # the kernel itself faults on these pages
+
+
 @dataclass(frozen=True)
 class Canary:
     name: str

@@ -18,6 +18,7 @@ from proof import STUCK, Child, call, check, soon
 from rawcalls import continue_thread, stop_thread
 from userswap.bench import control_group
 
+pytestmark = pytest.mark.privileged  # the kernel itself faults on these pages
 MIB = 1 << 20
 DIED = "userswap: the pager died"
 BOTH_STORES = pytest.mark.parametrize("store", ["ram:lz4", "memory:"])
@@ -125,7 +126,6 @@ def test_clients_killed_at_random_moments(seed: int) -> None:
         assert bystander.wait(20) == 0
 
 
-@pytest.mark.privileged
 def test_a_stopped_agent_delays_eviction_only(seed: int) -> None:
     with Child(call(life_scenarios.keep_a_budget, seed=seed, seconds=1.5)) as child:
         _, agent = ready(child)
@@ -193,7 +193,6 @@ def group() -> Iterator[control_group.Group]:
             control.write_text("-memory")
 
 
-@pytest.mark.privileged
 def test_a_region_in_a_small_control_group(group: control_group.Group) -> None:
     """What leaves the region leaves the group: more than twice its limit passes through it."""
     source = call(life_scenarios.live_in_a_group, size=128 * MIB, resident=8 * MIB)

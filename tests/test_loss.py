@@ -17,6 +17,7 @@ import kernel_scenarios
 import scenarios
 from proof import Child, call, check
 
+pytestmark = pytest.mark.privileged  # the kernel itself faults on these pages
 BOTH_PATHS = pytest.mark.parametrize("path", ["native", "asyncio"])
 BOTH_STORES = pytest.mark.parametrize("store", ["ram:lz4", "memory:"])
 LATE = "trial:?read_delay=2ms&write_delay=10ms&rare=4&strict=on"
