@@ -13,7 +13,6 @@ import pytest
 import scenarios
 from proof import LOST, STUCK, Child, call
 
-
 pytestmark = pytest.mark.privileged  # the kernel itself faults on these pages
 
 
