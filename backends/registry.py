@@ -11,6 +11,7 @@ return a `Store`, or a coroutine that does, so that opening may wait for a mediu
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
@@ -53,9 +54,15 @@ async def open_stack(url: str, page_count: int) -> Store:
 
 
 def _layers(group: str, own: Mapping[str, str]) -> dict[str, EntryPoint]:
-    found = {point.name: point for point in entry_points(group=group)}
     # Ours win: an installed package must not replace what a documented name means.
-    return found | {name: EntryPoint(name, place, group) for name, place in own.items()}
+    ours = {name: EntryPoint(name, place, group) for name, place in own.items()}
+    return {**_installed(group), **ours}
+
+
+@functools.cache
+def _installed(group: str) -> Mapping[str, EntryPoint]:
+    """Looked for once: it reads the metadata of every installed package."""
+    return {point.name: point for point in entry_points(group=group)}
 
 
 async def _open(point: EntryPoint, layer: LayerSpec, over: Any) -> Store:

@@ -42,7 +42,7 @@ class Evictor:
         for number in list(self._numbers[0:count]):
             report = ffi.new("struct us_batch_report *")
             lib.us_batch_report(self.client, number, report)
-            region = self._loop.regions[int(ffi.cast("uintptr_t", report.region))]
+            region = self._loop.region(report.region)
             region.transfers.begin()
             task = start(self._write(region, number, report))
             if not task.done():
@@ -75,18 +75,19 @@ class Evictor:
                 await asyncio.sleep(delay)
                 delay *= 4
             except StoreFullError as error:
-                self._complain(region, f"is full: {error}")
+                self.complain(region, f"is full: {error}")
                 return False
             except StoreError as error:
-                self._complain(region, f"does not take pages: {error}")
+                self.complain(region, f"does not take pages: {error}")
                 return False
             except Exception:
                 log.exception("%s: the store %s broke its contract", region.name, region.url)
                 return False
-        self._complain(region, "does not answer writes")
+        self.complain(region, "does not answer writes")
         return False
 
-    def _complain(self, region: Served, what: str) -> None:
+    def complain(self, region: Served, what: str) -> None:
+        """Log what is wrong with a store, once."""
         if region.url not in self._complained:
             self._complained.add(region.url)
             log.warning(

@@ -93,6 +93,10 @@ class FaultLoop:
         self._parked_looks = 0
         self._buffers: list[Any] = []
 
+    def region(self, handle: Any) -> Served:
+        """The region that a native pointer names."""
+        return self.regions[int(ffi.cast("uintptr_t", handle))]
+
     def attach(self) -> None:
         """Watch the userfaultfd, where every fault comes through here."""
         if self._every_fault:
@@ -114,7 +118,7 @@ class FaultLoop:
             taken = [self._misses[i] for i in range(count)]
             for miss in sorted(taken, key=lambda miss: bool(miss.ahead)):
                 copy = ffi.new("struct us_miss *", miss)
-                region = self.regions[int(ffi.cast("uintptr_t", miss.region))]
+                region = self.region(miss.region)
                 region.transfers.begin()
                 self._keep(start(self._fill(region, copy)))
             if count < MISSES_PER_DRAIN:
@@ -204,7 +208,7 @@ class FaultLoop:
         parked = lib.us_client_parked(self.client)
         self._parked_looks = self._parked_looks + 1 if parked != ffi.NULL else 0
         if self._parked_looks == WAIT_LIMIT_S:
-            region = self.regions[int(ffi.cast("uintptr_t", parked))]
+            region = self.region(parked)
             self.say(
                 f"region {region.name!r} is at its budget and nothing goes out to {region.url}; "
                 'discard data, raise resident or the store\'s limit, or use on_full="grow"'

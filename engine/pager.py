@@ -97,7 +97,7 @@ class Connection:
         if service is None:
             raise UserswapError("hello comes first")
         if operation == "agent":
-            service.start(int(request["staging"]), int(request["tid"]))
+            service.start(int(request["staging"]), int(request["tid"]), self.ended.set)
             return {}, []
         if operation == "quiet":
             await service.quiet()

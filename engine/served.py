@@ -13,6 +13,7 @@ import logging
 import os
 import resource
 import time
+from collections.abc import Callable
 from typing import Any
 
 from userswap.backends.grammar import GrammarError, unknown_name
@@ -75,13 +76,15 @@ class ClientService:
         """Stores with a native pool, shared by this client's regions: url -> (store, users)."""
         self._last_region = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._gone: Callable[[], None] = lambda: None
 
     def descriptors(self) -> list[int]:
         """What the client keeps copies of: table, channel, orders, results."""
         return [lib.us_client_descriptors(self.native, which) for which in range(4)]
 
-    def start(self, staging: int, agent_tid: int) -> None:
-        """The client's agent runs: serve."""
+    def start(self, staging: int, agent_tid: int, gone: Callable[[], None]) -> None:
+        """The client's agent runs: serve, and call `gone` when its memory is no more."""
+        self._gone = gone
         lib.us_client_set_agent(self.native, staging, agent_tid)
         check(lib.us_client_start(self.native, self.fault_path == "native", self.placement))
         self.loop.attach()
@@ -93,9 +96,13 @@ class ClientService:
         os.eventfd_read(wake)
         self.loop.drain()
         self.evictor.drain()
+        while (full := lib.us_client_full(self.native)) != ffi.NULL:
+            self.evictor.complain(self.loop.region(full), "is full")
 
     def _tick(self) -> None:
         self.loop.look_for_waiting()
+        if lib.us_client_gone(self.native):
+            self._gone()
         self._timer = asyncio.get_running_loop().call_later(1.0, self._tick)
 
     async def open(self, request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
@@ -246,12 +253,11 @@ class ClientService:
 
     async def flush(self, region: OpenRegion) -> None:
         """Wait for the writes under way, then for the store."""
-        states = ffi.new("uint64_t[]", len(State))
-        while not region.closing:
-            lib.us_region_census(region.handle, states)
-            if not (states[State.MOVING] or states[State.LEAVING]):
-                break
-            await asyncio.sleep(POLL_MAX_S)
+        newest = lib.us_client_batches(self.native)
+        delay = POLL_FIRST_S
+        while lib.us_region_oldest_batch(region.handle) <= newest and not region.closing:
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, POLL_MAX_S)
         await region.store.flush()
 
     def stats(self, region: OpenRegion) -> dict[str, Any]:
@@ -338,6 +344,7 @@ def _pool_stats(pool: Any) -> dict[str, Any]:
             "pool_payload_bytes": 0,
             "pool_object_bytes": 0,
             "pool_pages": 0,
+            "pool_same_filled": 0,
             "pool_locked": False,
         }
     stats = ffi.new("struct us_pool_stats *")
@@ -347,6 +354,7 @@ def _pool_stats(pool: Any) -> dict[str, Any]:
         "pool_payload_bytes": stats.payload_bytes,
         "pool_object_bytes": stats.object_bytes,
         "pool_pages": stats.objects,
+        "pool_same_filled": stats.same_filled,
         "pool_locked": bool(stats.locked),
     }
 

@@ -67,6 +67,9 @@ class RegionStats:
     pool_payload_bytes: int
     pool_object_bytes: int
     pool_pages: int
+    """Pages that take memory in the pool, for all regions that share it."""
+    pool_same_filled: int
+    """Pages that take none: one pattern over and over."""
     pool_locked: bool
     table_bytes: int
     """Memory that the client's page table holds, for all its regions."""
@@ -81,7 +84,7 @@ class RegionStats:
     @property
     def ratio(self) -> float:
         """Bytes of the pages in the pool over the bytes they take there; 0.0 without any."""
-        stored = self.pages["STORED"] * 4096
+        stored = (self.pool_pages + self.pool_same_filled) * 4096
         return stored / self.pool_object_bytes if self.pool_object_bytes else 0.0
 
     def as_dict(self) -> dict[str, Any]:

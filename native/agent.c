@@ -13,6 +13,7 @@
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 #ifndef SYS_pidfd_open
@@ -42,7 +43,7 @@ struct us_agent {
     uint32_t next; /* the next order of the ring */
     uint32_t stuck_ticks;
     uint32_t text_said;
-    uint64_t progress_seen;
+    uint64_t progress_seen, watched_ms;
     bool stuck_said;
 };
 
@@ -258,6 +259,16 @@ static void watch_waiting(struct us_agent *agent) {
     }
 }
 
+static bool time_to_watch(struct us_agent *agent) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+    uint64_t milliseconds = (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
+    if (milliseconds - agent->watched_ms < WATCH_MS * 9 / 10)
+        return false;
+    agent->watched_ms = milliseconds;
+    return true;
+}
+
 static void pager_died(struct us_agent *agent) {
     if (!agent->options.abort_on_death) {
         say_line(agent, "the pager died: memory of this process that was paged out is out of reach; threads that touch it wait "
@@ -286,7 +297,7 @@ static void *agent_main(void *argument) {
             break;
         int ready = poll(wait, 2, WATCH_MS);
         atomic_store(&channel->agent_asleep, 0);
-        if (ready == 0)
+        if (time_to_watch(agent))
             watch_waiting(agent);
         if (wait[0].revents & POLLIN) {
             uint64_t count;

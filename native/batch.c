@@ -41,6 +41,8 @@ struct us_batch *us_batch_take(struct us_client *client, struct us_region *regio
         found->kind = kind;
         found->pages = 0;
         found->moved = 0;
+        found->returned = 0;
+        found->number = atomic_fetch_add(&client->batches, 1) + 1;
         found->region = region;
         atomic_fetch_add(&region->users, 1);
     }
@@ -175,7 +177,7 @@ void us_put_back(struct us_batch *batch, uint32_t slot) {
     us_count(&region->count.put_back, 1);
     while (us_state_of(seen) == US_LEAVING)
         if (us_word_swap(word, &seen, us_with_handle(us_with_state(seen, US_FILLING), 0))) {
-            us_reserve(region, 1, true);
+            batch->returned++; /* the room of its slot, which is released next, is its own now */
             while (us_install_rescued(region, index, batch->buffer + (uint64_t)slot * US_PAGE))
                 usleep(PUT_BACK_AGAIN_US); /* its only copy: not given up while the client lives */
         }
@@ -186,6 +188,8 @@ void us_put_back(struct us_batch *batch, uint32_t slot) {
 void us_store_full(struct us_region *region) {
     us_count(&region->count.full, 1);
     atomic_store(&region->full, true);
+    if (!atomic_exchange(&region->full_since, true))
+        us_tell_loop(region->client);
     atomic_store(&region->retry_ns, us_now() + FULL_RETRY_NS);
     us_release(region, 0);
 }
@@ -310,9 +314,9 @@ static void dropped(struct us_batch *batch, const struct us_order *order) {
 }
 
 static void released(struct us_batch *batch) {
-    int64_t bytes = (int64_t)__builtin_popcountll(batch->moved) * US_PAGE;
-    atomic_fetch_sub(&batch->region->leaving, bytes);
-    us_release(batch->region, bytes);
+    int64_t slots = __builtin_popcountll(batch->moved);
+    atomic_fetch_sub(&batch->region->leaving, slots * US_PAGE);
+    us_release(batch->region, (slots - batch->returned) * US_PAGE);
     us_batch_free(batch);
 }
 
@@ -392,6 +396,24 @@ void us_check_late(struct us_client *client) {
         us_batch_free(batch);
     }
 }
+
+/* The number of the region's oldest batch under way; UINT64_MAX: none is. */
+uint64_t us_region_oldest_batch(struct us_region *region) {
+    struct us_client *client = region->client;
+    uint64_t oldest = UINT64_MAX;
+    pthread_mutex_lock(&client->batch_lock);
+    for (uint32_t i = 0; i < US_BATCHES; i++) {
+        const struct us_batch *batch = &client->batch[i];
+        uint32_t state = atomic_load(&batch->state);
+        bool open = state != US_BATCH_FREE && state != US_BATCH_DRAINING && batch->region == region;
+        if (open && batch->number < oldest)
+            oldest = batch->number;
+    }
+    pthread_mutex_unlock(&client->batch_lock);
+    return oldest;
+}
+
+uint64_t us_client_batches(const struct us_client *client) { return atomic_load(&client->batches); }
 
 /* Batches whose store write the asyncio loop should await. */
 int us_take_writes(struct us_client *client, uint32_t *batches, int most) {

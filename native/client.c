@@ -1,6 +1,7 @@
 /* A client as the pager sees it: its descriptors, table, channel and threads. */
 #define _GNU_SOURCE
 #include "pager.h"
+#include "uffd.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -226,6 +227,12 @@ int us_client_quiet(struct us_client *client) {
     pthread_rwlock_unlock(&client->map_lock);
     us_kick_worker(client);
     return open;
+}
+
+/* Whether the memory that the client shared is no more.  After exec with a forked child alive nothing else tells: the pidfd is
+ * that of the new program, and the child holds the socket.  Staging belongs to the other userfaultfd, so nothing is changed. */
+int us_client_gone(struct us_client *client) {
+    return atomic_load(&client->gone) || us_uffd_unprotect(client->uffd, client->staging, US_PAGE) == -ESRCH;
 }
 
 /* A pool moves an object by swapping the one reference to it: the page's word, while that is neither being read nor written. */

@@ -28,7 +28,8 @@ static bool forget_stored(struct us_region *region, uint32_t index, uint64_t see
         return false;
     if (us_state_of(seen) == US_STORED)
         us_drop_copy(region, handle, false);
-    us_wake_page(region, index, seen);
+    /* who asked for the fill has set no WAITER: the fill, had it come, would have woken */
+    us_wake_page(region, index, us_state_of(seen) == US_FILLING ? seen | US_WAITER : seen);
     return true;
 }
 

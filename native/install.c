@@ -67,17 +67,22 @@ static void unfilled(struct us_region *region, uint32_t index) {
 int us_install(struct us_region *region, uint32_t first, uint32_t count, const uint8_t *data, bool writable, bool keep) {
     struct us_client *client = region->client;
     uint64_t mode = writable ? 0 : US_COPY_WP;
-    uint32_t page = 0;
+    uint32_t page = 0, most = count;
     int error = 0;
     while (page < count) {
         uint64_t done;
+        uint32_t run = count - page < most ? count - page : most;
         int rc = us_uffd_copy(client->uffd, us_address(region, first + page), data + (uint64_t)page * US_PAGE,
-                              (uint64_t)(count - page) * US_PAGE, mode, &done);
+                              (uint64_t)run * US_PAGE, mode, &done);
         for (uint64_t i = 0; i < done / US_PAGE; i++)
             filled(region, first + page + (uint32_t)i, writable, keep);
         page += (uint32_t)(done / US_PAGE);
         if (rc == 0)
-            break;
+            continue;
+        if (rc == -ENOENT && run > 1) { /* the program split the mapping (mlock, mprotect): no copy crosses the seam */
+            most = 1;
+            continue;
+        }
         if (rc == -EAGAIN && done)
             continue; /* the next call tells the page's own errno */
         if (rc == -EEXIST) { /* memory that was there before the region was: it is the page, and it may have been written */

@@ -43,6 +43,8 @@ struct us_batch {
     uint32_t pages;
     uint32_t order; /* the order kind that is open */
     uint64_t moved;      /* MOVE: slots that hold data in staging; PLACE: pages whose copy counted in the budget */
+    uint64_t number;   /* counts all batches: which came first */
+    int64_t returned;  /* MOVE: slots whose page was put back */
     uint64_t accepted; /* WRITTEN: the slots that the store took */
     _Atomic bool told, full; /* WRITING: the loop has it; WRITTEN: the store has no room */
     struct us_region *region;
@@ -89,6 +91,7 @@ struct us_region {
     _Atomic int64_t limit, high;
     _Atomic uint32_t parked;  /* a fault waits for room */
     _Atomic bool full;        /* the store is full */
+    _Atomic bool full_since, full_told; /* it ever was; and the user knows */
     _Atomic bool refused;     /* nothing could be taken from it lately: pinned, locked */
     _Atomic uint64_t retry_ns; /* no eviction before */
     _Atomic uint64_t backoff_ns;
@@ -117,6 +120,7 @@ struct us_client {
     _Atomic uint32_t round; /* where the next look for pressure starts */
     pthread_mutex_t batch_lock;
     struct us_batch batch[US_BATCHES];
+    _Atomic uint64_t batches;
     uint32_t order_posted, order_reaped;
     uint32_t order_batch[US_ORDERS]; /* batch + 1, or 0: revoked */
     _Atomic uint32_t worker_asleep;
@@ -148,6 +152,7 @@ void us_client_stop(struct us_client *client);
 void us_client_destroy(struct us_client *client);
 void us_client_say(struct us_client *client, const char *text, int waiting);
 int us_client_quiet(struct us_client *client);
+int us_client_gone(struct us_client *client);
 void us_client_own_pool(struct us_client *client, struct us_pool *pool);
 void us_tell_loop(struct us_client *client);
 void us_kick_worker(struct us_client *client);
@@ -203,6 +208,8 @@ void us_store_full(struct us_region *region);
 void us_put_back(struct us_batch *batch, uint32_t slot);
 int us_take_writes(struct us_client *client, uint32_t *batches, int most);
 int us_write_done(struct us_client *client, uint32_t batch, uint64_t accepted, int full);
+uint64_t us_region_oldest_batch(struct us_region *region);
+uint64_t us_client_batches(const struct us_client *client);
 uint32_t us_batch_number(const struct us_batch *batch);
 
 /* prefetch.c */

@@ -44,6 +44,17 @@ struct us_region *us_client_parked(struct us_client *client) {
     return found;
 }
 
+/* A region whose store was found full and of which this was not told before; NULL: none. */
+struct us_region *us_client_full(struct us_client *client) {
+    struct us_region *found = NULL;
+    pthread_rwlock_rdlock(&client->map_lock);
+    for (uint32_t i = 0; i < client->regions && !found; i++)
+        if (atomic_load(&client->region[i]->full_since) && !atomic_exchange(&client->region[i]->full_told, true))
+            found = client->region[i];
+    pthread_rwlock_unlock(&client->map_lock);
+    return found;
+}
+
 /* Pages by state.  ZERO counts every page whose word was never written. */
 void us_region_census(struct us_region *region, uint64_t *pages) {
     for (unsigned i = 0; i < US_STATES; i++)

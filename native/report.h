@@ -22,6 +22,7 @@ struct us_batch_report {
 
 void us_region_report(struct us_region *region, struct us_report *out);
 struct us_region *us_client_parked(struct us_client *client);
+struct us_region *us_client_full(struct us_client *client);
 void us_region_census(struct us_region *region, uint64_t *pages);
 uint64_t us_region_latency(const struct us_region *region, int awaited, double fraction);
 uint64_t us_region_latency_count(const struct us_region *region, int awaited);

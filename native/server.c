@@ -115,6 +115,7 @@ struct fault {
     struct us_region *region;
     uint64_t flags, now;
     uint32_t index;
+    bool parked;
     bool asked; /* the prefetch policy is told once, and not of a fault that is parked: that one comes again */
     struct us_ahead ahead;
 };
@@ -140,8 +141,10 @@ static bool answer(struct fault *fault) {
     case US_ZERO:
     case US_STORED:
     case US_LEAVING:
-        if (!us_reserve(region, 1, false) && park(region))
+        if (!us_reserve(region, 1, false) && park(region)) {
+            fault->parked = true;
             return true;
+        }
         if (state == US_LEAVING)
             return rescue(region, index, seen);
         run = ask_policy(fault);
@@ -157,14 +160,15 @@ static bool answer(struct fault *fault) {
     }
 }
 
-static void serve_message(struct us_client *client, const struct us_uffd_message *message, uint64_t now) {
+/* False: the fault was parked, and will come again. */
+static bool serve_message(struct us_client *client, const struct us_uffd_message *message, uint64_t now) {
     if (message->event != US_EVENT_PAGEFAULT)
-        return;
+        return true;
     uint64_t address = message->address & ~(uint64_t)(US_PAGE - 1);
     struct us_region *region = us_region_find(client, address);
     if (!region) { /* it was closed meanwhile */
         us_uffd_wake(client->uffd, address, US_PAGE);
-        return;
+        return true;
     }
     struct fault fault = {.region = region, .flags = message->flags, .now = now};
     fault.index = (uint32_t)((address - region->start) >> US_PAGE_SHIFT);
@@ -172,7 +176,9 @@ static void serve_message(struct us_client *client, const struct us_uffd_message
         continue;
     if (fault.ahead.stride != 0 && fault.ahead.stride != 1)
         us_read_strided(region, fault.index, fault.ahead, message->flags & US_FAULT_WRITE, now);
-    us_histogram_add(&region->native, us_now() - now);
+    if (!fault.parked)
+        us_histogram_add(&region->native, us_now() - now);
+    return !fault.parked;
 }
 
 /* Read and answer what is there, at most `rounds` reads.  Returns the number of messages, or -errno. */
@@ -186,10 +192,11 @@ int us_serve(struct us_client *client, int rounds) {
         uint64_t now = us_now();
         int n = (int)((size_t)length / sizeof *message);
         pthread_rwlock_rdlock(&client->map_lock);
+        uint64_t answered = 0;
         for (int i = 0; i < n; i++)
-            serve_message(client, &message[i], now);
+            answered += serve_message(client, &message[i], now);
         pthread_rwlock_unlock(&client->map_lock);
-        atomic_fetch_add_explicit(&client->channel->progress, (uint64_t)n, memory_order_relaxed);
+        atomic_fetch_add_explicit(&client->channel->progress, answered, memory_order_relaxed);
         us_place(client, message[n - 1].thread_id, now);
         served += n;
         if (n < MESSAGES)

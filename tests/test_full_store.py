@@ -52,6 +52,8 @@ region.close()
         args=[store, path],
     )
     assert child.returncode == 0, child.stderr
+    assert "growing" in child.stderr, "the pager has not said it"
+    assert "full" in child.stderr
     assert child.stderr.count("\n") <= 2, child.stderr
 
 
@@ -71,7 +73,7 @@ def touch():
         reached.append(number)
 thread = threading.Thread(target=touch, daemon=True)
 thread.start()
-time.sleep(2)
+time.sleep(8)
 stalled = len(reached)
 assert 1000 < stalled < 1700, stalled
 stats = region.stats()
@@ -91,3 +93,7 @@ print("good", flush=True)
         timeout=50,
     )
     assert (child.returncode, child.stdout) == (0, "good\n"), child.stderr
+    lines = [line for line in child.stderr.splitlines() if "waited" in line]
+    assert len(lines) == 1, child.stderr
+    for word in ("slow", "full", store, "5 s"):
+        assert word in lines[0], (word, lines[0])

@@ -18,6 +18,7 @@ void us_client_stop(struct us_client *client);
 void us_client_destroy(struct us_client *client);
 void us_client_say(struct us_client *client, const char *text, int waiting);
 int us_client_quiet(struct us_client *client);
+int us_client_gone(struct us_client *client);
 void us_client_own_pool(struct us_client *client, struct us_pool *pool);
 
 int us_region_open(struct us_client *client, uint64_t start, uint64_t pages, uint64_t base, uint64_t limit,
@@ -32,6 +33,8 @@ int us_serve(struct us_client *client, int rounds);
 int us_take_misses(struct us_client *client, struct us_miss *out, int most);
 int us_fill_done(struct us_region *region, const struct us_miss *miss, const uint8_t *data, uint64_t *void_pages);
 uint64_t us_fill_failed(struct us_region *region, const struct us_miss *miss, int lost);
+uint64_t us_region_oldest_batch(struct us_region *region);
+uint64_t us_client_batches(const struct us_client *client);
 int us_take_writes(struct us_client *client, uint32_t *batches, int most);
 int us_write_done(struct us_client *client, uint32_t batch, uint64_t accepted, int full);
 int64_t us_region_discard(struct us_region *region, uint64_t first, uint64_t count, uint32_t *mark);
