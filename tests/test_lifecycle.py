@@ -381,3 +381,26 @@ print("good")
 """
     for turn in range(4):
         assert interrupt(code, after=0.02 + 0.09 * turn) == (0, "good\n", "")
+
+
+def test_an_exec_beside_a_forked_child_is_noticed() -> None:
+    # The pidfd is the new program's and the child holds the socket: only the memory is gone.
+    child = run_child(
+        """
+import ctypes, os, signal, userswap
+region = userswap.Region("16MiB", resident="4MiB")
+region.memory[:] = b"0123456789abcdef" * (region.size // 16)
+pager = region.stats().pager_pid
+pid = ctypes.CDLL(None).fork()
+if pid == 0:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(60)
+    signal.pause()
+print(pid, flush=True)
+look = f"sleep 3; grep State /proc/{pager}/status"
+os.execv("/bin/sh", ["sh", "-c", look])
+"""
+    )
+    forked, *state = child.stdout.split()
+    os.kill(int(forked), signal.SIGKILL)
+    assert state in ([], ["State:", "Z", "(zombie)"]), child.stdout

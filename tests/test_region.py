@@ -307,3 +307,29 @@ with userswap.Region("64MiB", resident="16MiB", store="ram:lz4") as region:
     assert after.pager_rss_bytes < 50 << 20, after.pager_rss_bytes
 """)
     print(f"idle: CPU %, MiB: {out}")
+
+
+def test_a_region_that_the_program_split() -> None:
+    # mlock and mprotect split the mapping, and no copy or move crosses a seam.
+    good("""
+import ctypes, userswap
+MIB, PAGE = 1 << 20, 4096
+libc = ctypes.CDLL(None, use_errno=True)
+with userswap.Region("32MiB", resident="16MiB") as region:
+    for offset in range(0, region.size, PAGE):
+        region.memory[offset : offset + PAGE] = (offset // PAGE).to_bytes(4, "big") * 1024
+    address = ctypes.addressof(ctypes.c_char.from_buffer(region.memory))
+    lock = lambda call, first, pages: call(
+        ctypes.c_void_p(address + first * PAGE), ctypes.c_size_t(pages * PAGE)
+    )
+    for first in range(3, 2000, 97):
+        assert lock(libc.mlock, first, 5) == 0
+    for offset in range(0, region.size, PAGE):
+        assert region.memory[offset : offset + 4] == (offset // PAGE).to_bytes(4, "big")
+    region.resize_resident("4MiB")
+    for first in range(3, 2000, 97):
+        assert lock(libc.munlock, first, 5) == 0
+    region.resize_resident("2MiB")
+    for offset in range(0, region.size, PAGE):
+        assert region.memory[offset : offset + 4] == (offset // PAGE).to_bytes(4, "big")
+""")
