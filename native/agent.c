@@ -196,8 +196,12 @@ static void carry_out(struct us_agent *agent, struct us_order *order) {
     }
 }
 
-static void follow_cpu(struct us_agent *agent) {
-    int cpu = atomic_load(&agent->channel->agent_cpu);
+/* A move flushes the TLB for each run, so it belongs on the CPU that uses the memory; a vectored drop flushes once for all its
+ * pages, which may be done from afar, and leaves that CPU to the program. */
+static void follow_cpu(struct us_agent *agent, uint32_t kind) {
+    if (kind != US_ORDER_MOVE && kind != US_ORDER_DROP)
+        return;
+    int cpu = atomic_load(kind == US_ORDER_MOVE ? &agent->channel->move_cpu : &agent->channel->drop_cpu);
     if (cpu == agent->cpu || cpu < 0 || cpu >= CPU_SETSIZE)
         return;
     cpu_set_t set;
@@ -215,7 +219,7 @@ static bool take_order(struct us_agent *agent) {
     if (!taken && state != US_ORDER_REVOKED)
         return false;
     if (taken) {
-        follow_cpu(agent);
+        follow_cpu(agent, order->kind);
         carry_out(agent, order);
     }
     agent->next++;

@@ -46,11 +46,11 @@ struct us_channel {
     uint32_t reserved0;
     _Atomic uint32_t agent_asleep;
     _Atomic uint32_t pager_waits;
-    _Atomic int32_t agent_cpu; /* the CPU the agent should run on, -1: as it likes */
+    _Atomic int32_t move_cpu;  /* the CPU the agent should move pages on, -1: as it likes */
     _Atomic uint32_t quit;
     _Atomic uint64_t progress; /* faults answered: tells a slow pager from a stuck one */
     _Atomic uint32_t text_version;
-    uint32_t reserved;
+    _Atomic int32_t drop_cpu;  /* and drop them on */
     char text[US_TEXT]; /* set by the pager: what waits, for which store, what to do */
     struct us_order order[US_ORDERS];
 };

@@ -123,7 +123,8 @@ int us_client_create(struct us_client **out, int uffd, int pid, uint64_t feature
         return rc;
     }
     client->channel->magic = US_CHANNEL_MAGIC;
-    atomic_store(&client->channel->agent_cpu, -1);
+    atomic_store(&client->channel->move_cpu, -1);
+    atomic_store(&client->channel->drop_cpu, -1);
     for (uint32_t i = 0; i < US_BATCHES; i++)
         client->batch[i].buffer = (uint8_t *)channel + US_CHANNEL_BYTES + (uint64_t)i * US_BATCH_PAGES * US_PAGE;
     *out = client;

@@ -7,7 +7,8 @@
 #include <sys/mman.h>
 
 #define WRITE_SOON 128u   /* of 256: above this, pages read in are installed writable at once */
-#define SAMPLE_EVERY 16u  /* of those, one in so many stays protected, to see whether that is still right */
+#define KEEP_BYTES_MAX 2048 /* a larger copy costs more residency than its making again is worth */
+#define SAMPLE_EVERY 64u  /* of those, one in so many stays protected, to see whether that is still right */
 
 /* A page-aligned buffer of US_RUN_MAX pages for this thread. */
 uint8_t *us_run_buffer(void) {
@@ -38,9 +39,9 @@ static void filled(struct us_region *region, uint32_t index, bool writable, bool
     us_word *word = &region->word[index];
     uint64_t seen = atomic_load(word); /* FILLING: the handle is ours */
     uint64_t copy = region->pool ? us_handle_of(seen) : 0;
-    bool kept = !writable && copy && (keep || (copy & US_HANDLE_SAME));
-    if (copy && kept) {
-        int64_t cost = us_pool_cost(region->pool, copy);
+    int64_t cost = copy ? (int64_t)us_pool_cost(region->pool, copy) : 0;
+    bool kept = !writable && copy && (cost == 0 || (keep && cost <= KEEP_BYTES_MAX));
+    if (kept) {
         atomic_fetch_add(&region->charged, cost);
         atomic_fetch_add(&region->kept, cost);
     }

@@ -64,5 +64,12 @@ void us_place(struct us_client *client, uint32_t thread_id, uint64_t now) {
     pin(client->server_tid, same ? &near : &apart);
     pin(client->worker_tid, client->worker_apart ? &apart : &allowed);
     pin(client->helper_tid, same ? &near : &allowed);
-    atomic_store(&client->channel->agent_cpu, cpu);
+    int other = cpu;
+    for (int i = 0; i < CPU_SETSIZE && client->worker_apart; i++)
+        if (CPU_ISSET((unsigned)i, &apart)) {
+            other = i;
+            break;
+        }
+    atomic_store(&client->channel->move_cpu, cpu);
+    atomic_store(&client->channel->drop_cpu, other);
 }
