@@ -13,6 +13,7 @@
 #define BACKOFF_FIRST_NS 2000000ull
 #define BACKOFF_MAX_NS 1000000000ull
 #define PUT_BACK_AGAIN_US 200
+#define PINS_AGAIN_US 10
 #define FULL_RETRY_NS 50000000ull /* between tries to write to a full store */
 
 uint32_t us_batch_number(const struct us_batch *batch) {
@@ -32,8 +33,7 @@ struct us_batch *us_batch_take(struct us_client *client, struct us_region *regio
     room = room && (kind == US_BATCH_DISCARD || !atomic_load(&client->quiet));
     for (uint32_t i = 0; room && i < US_BATCHES && !found; i++) {
         struct us_batch *batch = &client->batch[i];
-        uint32_t state = atomic_load(&batch->state);
-        if (state == US_BATCH_FREE || (state == US_BATCH_DRAINING && !atomic_load(&batch->pins)))
+        if (atomic_load(&batch->state) == US_BATCH_FREE)
             found = batch;
     }
     if (found) {
@@ -52,7 +52,7 @@ struct us_batch *us_batch_take(struct us_client *client, struct us_region *regio
 
 void us_batch_free(struct us_batch *batch) {
     struct us_region *region = batch->region;
-    atomic_store(&batch->state, US_BATCH_DRAINING); /* a rescue may still read the buffer: see us_batch_take */
+    atomic_store(&batch->state, US_BATCH_FREE);
     atomic_fetch_sub(&region->users, 1);
 }
 
@@ -208,6 +208,18 @@ static void stored(struct us_batch *batch, uint32_t slot, uint64_t handle) {
         us_word_clear(word, US_BUSY);
 }
 
+/* After no word of the batch says LEAVING any more: rescues that began before end in a moment, and what they could not install
+ * is installed here, where waiting holds nobody up. */
+static void settle_rescues(struct us_batch *batch) {
+    while (atomic_load(&batch->pins))
+        usleep(PINS_AGAIN_US);
+    uint64_t stranded = atomic_exchange(&batch->stranded, 0);
+    for (uint32_t i = 0; i < batch->pages; i++)
+        while (stranded >> i & 1 &&
+               us_install_rescued(batch->region, batch->index[i], batch->buffer + (uint64_t)i * US_PAGE))
+            usleep(PUT_BACK_AGAIN_US);
+}
+
 static void compress(struct us_batch *batch) {
     struct us_region *region = batch->region;
     bool full = false;
@@ -242,6 +254,7 @@ static void leave(struct us_client *client, struct us_batch *batch) {
         }
     if (region->pool) {
         compress(batch);
+        settle_rescues(batch);
         us_order_post(client, batch, US_ORDER_RELEASE);
     } else {
         atomic_store(&batch->told, false);
@@ -405,7 +418,7 @@ uint64_t us_region_oldest_batch(struct us_region *region) {
     for (uint32_t i = 0; i < US_BATCHES; i++) {
         const struct us_batch *batch = &client->batch[i];
         uint32_t state = atomic_load(&batch->state);
-        bool open = state != US_BATCH_FREE && state != US_BATCH_DRAINING && batch->region == region;
+        bool open = state != US_BATCH_FREE && batch->region == region;
         if (open && batch->number < oldest)
             oldest = batch->number;
     }
@@ -450,6 +463,7 @@ static void finish_write(struct us_client *client, struct us_batch *batch) {
         us_store_full(batch->region);
     else
         atomic_store(&batch->region->full, false);
+    settle_rescues(batch);
     us_order_post(client, batch, US_ORDER_RELEASE);
 }
 

@@ -98,7 +98,7 @@ int us_client_create(struct us_client **out, int uffd, int pid, uint64_t feature
     client->features = features;
     client->copy_out = copy_out != 0;
     client->canary = canary;
-    client->server_cpu = -1;
+    client->server_cpu = client->apart_cpu = -1;
     void *table = NULL, *channel = NULL;
     client->table_fd = make_memfd("userswap-table", US_TABLE_SLOTS * sizeof(us_word), &table);
     client->channel_fd = make_memfd("userswap-channel", US_CHANNEL_TOTAL, &channel);

@@ -207,10 +207,9 @@ static void post_move(struct us_client *client, struct us_batch *batch, const st
 
 /* One step for one region: up to a batch of each kind. */
 static bool evict(struct us_client *client, struct us_region *region) {
-    int64_t wanted = excess_pages(region), limit_pages = atomic_load(&region->limit) / US_PAGE;
-    int64_t most = limit_pages / 16 < US_BATCH_PAGES ? limit_pages / 16 : US_BATCH_PAGES;
-    int64_t least = US_BATCH_PAGES / 2 < most ? US_BATCH_PAGES / 2 : most;
-    wanted = wanted < least ? least : wanted > most ? most : wanted;
+    /* whole batches, since each costs the agent and the worker a wake-up; smaller ones where the budget is */
+    int64_t share = atomic_load(&region->limit) / US_PAGE / 16;
+    uint32_t most = share < US_BATCH_PAGES ? (uint32_t)share : US_BATCH_PAGES;
     struct us_batch *place = us_batch_take(client, region, US_BATCH_PLACE);
     struct us_batch *move = place ? us_batch_take(client, region, US_BATCH_MOVE) : NULL;
     if (!move) {
@@ -220,7 +219,7 @@ static bool evict(struct us_client *client, struct us_region *region) {
     }
     uint32_t index[US_BATCH_PAGES];
     struct victims victims = {.moves = 0};
-    uint32_t n = us_queue_pop(region, index, (uint32_t)wanted);
+    uint32_t n = us_queue_pop(region, index, most);
     for (uint32_t i = 0; i < n; i++)
         choose(region, index[i], &victims, 1 + us_batch_number(move) * US_BATCH_PAGES);
     post_move(client, move, &victims);

@@ -26,8 +26,7 @@ enum us_batch_state {
     US_BATCH_BUILDING,
     US_BATCH_ORDERED,  /* MOVE, DROP or RELEASE is with the agent */
     US_BATCH_WRITING,  /* with the asyncio loop, which awaits the store */
-    US_BATCH_WRITTEN,  /* the store has answered; a worker takes it from here */
-    US_BATCH_DRAINING  /* finished, a rescue still reads its buffer */
+    US_BATCH_WRITTEN   /* the store has answered; a worker takes it from here */
 };
 enum us_batch_kind { US_BATCH_MOVE, US_BATCH_PLACE, US_BATCH_DISCARD };
 
@@ -45,6 +44,7 @@ struct us_batch {
     uint64_t moved;      /* MOVE: slots that hold data in staging; PLACE: pages whose copy counted in the budget */
     uint64_t number;   /* counts all batches: which came first */
     int64_t returned;  /* MOVE: slots whose page was put back */
+    _Atomic uint64_t stranded; /* MOVE: slots whose rescue found no memory */
     uint64_t accepted; /* WRITTEN: the slots that the store took */
     _Atomic bool told, full; /* WRITING: the loop has it; WRITTEN: the store has no room */
     struct us_region *region;
@@ -138,7 +138,8 @@ struct us_client {
     _Atomic bool server_stop, server_ended;
     int placement; /* enum us_placement */
     int server_cpu; /* -1: not placed */
-    uint32_t looks_elsewhere;
+    int apart_cpu;  /* one that is not server_cpu, where there is one */
+    uint32_t looks_elsewhere, spread_looks;
     bool worker_apart; /* the worker has a CPU of its own: it may spin */
     uint64_t placed_ns;
 };

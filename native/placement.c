@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #define LOOKS_TO_MOVE 4 /* threads on several CPUs must not make the server hop between them */
+#define LOOKS_SPREAD 64  /* for how long one look elsewhere is remembered */
 #define LOOK_EVERY_NS 5000000ull /* between looks at where the faulting thread runs: reading it costs about 10 us */
 
 /* Field 39 of /proc/PID/task/TID/stat; -1 if it cannot be read. */
@@ -41,6 +42,16 @@ static void pin(int tid, const cpu_set_t *set) {
         sched_setaffinity(tid, sizeof *set, set);
 }
 
+/* Drops are done from the worker's CPU while the program keeps to one; where its threads use several, every CPU pays for a
+ * shoot-down and the worker's has the least to spare. */
+static void place_drops(struct us_client *client, bool elsewhere) {
+    if (elsewhere)
+        client->spread_looks = LOOKS_SPREAD;
+    else if (client->spread_looks)
+        client->spread_looks--;
+    atomic_store(&client->channel->drop_cpu, client->spread_looks ? client->server_cpu : client->apart_cpu);
+}
+
 void us_place(struct us_client *client, uint32_t thread_id, uint64_t now) {
     if (client->placement == US_PLACE_NONE || !client->server_runs || now - client->placed_ns < LOOK_EVERY_NS)
         return;
@@ -48,6 +59,7 @@ void us_place(struct us_client *client, uint32_t thread_id, uint64_t now) {
     int cpu = cpu_of_thread(client->pid, thread_id);
     bool elsewhere = cpu >= 0 && cpu != client->server_cpu;
     client->looks_elsewhere = elsewhere ? client->looks_elsewhere + 1 : 0;
+    place_drops(client, elsewhere && client->server_cpu >= 0);
     if (!elsewhere || (client->server_cpu >= 0 && client->looks_elsewhere < LOOKS_TO_MOVE))
         return;
     client->looks_elsewhere = 0;
@@ -64,12 +76,12 @@ void us_place(struct us_client *client, uint32_t thread_id, uint64_t now) {
     pin(client->server_tid, same ? &near : &apart);
     pin(client->worker_tid, client->worker_apart ? &apart : &allowed);
     pin(client->helper_tid, same ? &near : &allowed);
-    int other = cpu;
+    client->apart_cpu = cpu;
     for (int i = 0; i < CPU_SETSIZE && client->worker_apart; i++)
         if (CPU_ISSET((unsigned)i, &apart)) {
-            other = i;
+            client->apart_cpu = i;
             break;
         }
     atomic_store(&client->channel->move_cpu, cpu);
-    atomic_store(&client->channel->drop_cpu, other);
+    atomic_store(&client->channel->drop_cpu, client->apart_cpu);
 }

@@ -25,7 +25,8 @@ static bool park(struct us_region *region) {
         us_kick_helper(region->client);
         return true;
     }
-    return false; /* room came between the two looks, and is taken */
+    us_release(region, 0); /* room came between the two looks, and is taken: nobody is parked by this fault */
+    return false;
 }
 
 static bool forget(struct us_region *region, uint32_t index, uint64_t seen) {
@@ -71,7 +72,7 @@ static bool resolve_resident(struct us_region *region, uint32_t index, uint64_t 
 }
 
 /* Rescue: the page left for staging and its data is in the batch's buffer.  The pin is taken before the word is looked at again:
- * the worker frees a buffer only after no word says LEAVING and then no pin is left. */
+ * the worker ends a batch only after no word says LEAVING and then no pin is left (settle_rescues). */
 static bool rescue(struct us_region *region, uint32_t index, uint64_t seen) {
     struct us_client *client = region->client;
     uint64_t where = us_handle_of(seen) - 1;
@@ -80,13 +81,12 @@ static bool rescue(struct us_region *region, uint32_t index, uint64_t seen) {
     bool ours = us_word_swap(&region->word[index], &seen, us_with_handle(us_with_state(seen, US_FILLING), 0));
     if (!ours) {
         us_release(region, US_PAGE);
-    } else if (us_install_rescued(region, index, batch->buffer + where % US_BATCH_PAGES * US_PAGE)) {
-        /* no memory at the moment: back to LEAVING, and the fault comes again */
-        uint64_t old = us_word_leave(&region->word[index], US_FILLING, US_LEAVING, where + 1, 0, 0);
-        us_wake_page(region, index, old | US_WAITER);
-        us_release(region, US_PAGE);
     } else {
         us_count(&region->count.rescue, 1);
+        uint64_t slot = where % US_BATCH_PAGES;
+        /* no memory at the moment: the page stays FILLING, and the worker that ends the batch installs it */
+        if (us_install_rescued(region, index, batch->buffer + slot * US_PAGE))
+            atomic_fetch_or(&batch->stranded, 1ull << slot);
     }
     atomic_fetch_sub(&batch->pins, 1);
     return ours;

@@ -26,11 +26,11 @@ trap 'exit 130' INT TERM HUP
 
 mirror() {
     apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 2>/dev/null |
-        grep -m1 '/debian/*$' || echo http://deb.debian.org/debian
+        grep -m1 '/debian/*$' || true # debootstrap knows a mirror too
 }
 
 bootstrap() {
-    debootstrap --variant=minbase --include=make "$suite" "$root" "$(mirror)" >"$root.log" 2>&1 ||
+    debootstrap --variant=minbase --include=make "$suite" "$root" $(mirror) >"$root.log" 2>&1 ||
         { cat "$root.log" >&2; rm "$root.log"; exit 3; }
     rm "$root.log"
     mount -t proc proc "$root/proc"
