@@ -45,10 +45,11 @@ static struct us_ahead advance(struct streams *streams, struct stream *stream, i
 /* How many steps a fault is past a stream's latest one: up to one more than the window's edge, since one page there may have been
  * resident; 0: it is not the stream's.  Inside the window means that the engine had to cut it short. */
 static int64_t steps_past(const struct stream *stream, int64_t page) {
-    if (!stream->window || (page - stream->last) % stream->stride)
+    int64_t distance = page - stream->last, reach = stream->stride * ((int64_t)stream->window + 2);
+    /* most faults are far away, and a division costs as much as the rest of this */
+    if (!stream->window || (reach > 0 ? distance <= 0 || distance > reach : distance >= 0 || distance < reach))
         return 0;
-    int64_t steps = (page - stream->last) / stream->stride;
-    return steps > 0 && steps <= (int64_t)stream->window + 2 ? steps : 0;
+    return distance % stream->stride ? 0 : distance / stream->stride;
 }
 
 /* Three faults at one distance begin a stream. */
