@@ -10,12 +10,11 @@ Must not know: who chose the pages, how they came out, which store it is.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from typing import Any
 
 from userswap.backends.store import Run, StoreError, StoreFullError, TransientError
-from userswap.engine.fault_loop import FaultLoop, Served, start
+from userswap.engine.fault_loop import FaultLoop, Served, cancel_all, start
 from userswap.native import ffi, lib
 
 log = logging.getLogger("userswap.pager")
@@ -96,12 +95,7 @@ class Evictor:
 
     async def cancel(self) -> None:
         """The client is gone: nobody needs the pages any more."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        for task in tasks:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await cancel_all(self._tasks)
 
 
 def _runs(region: Served, report: Any) -> list[tuple[Run, int]]:
