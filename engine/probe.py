@@ -144,7 +144,8 @@ def in_user_namespace() -> bool:
 
 
 def in_container() -> bool:
-    return Path("/.dockerenv").exists() or Path("/run/.containerenv").exists()
+    # os.path.exists: Path.exists raises where the folder may not be searched
+    return os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv")
 
 
 def gather() -> Facts:

@@ -30,6 +30,7 @@ mirror() {
 }
 
 bootstrap() {
+    chmod 755 "$root" # an ordinary user has to see the root of the file system
     debootstrap --variant=minbase --include=make "$suite" "$root" $(mirror) >"$root.log" 2>&1 ||
         { cat "$root.log" >&2; rm "$root.log"; exit 3; }
     rm "$root.log"

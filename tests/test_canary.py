@@ -78,13 +78,20 @@ CANARIES = [
 ]
 
 
+TRIES = 5
+
+
 @pytest.mark.parametrize("canary", CANARIES, ids=[canary.name for canary in CANARIES])
 def test_a_wrong_mover_is_caught_and_a_right_one_passes(canary: Canary) -> None:
-    with Child(canary.source, canary=canary.bit) as child:
-        status = child.wait(40)
-        print(child.out)
-        # A debug build may see the forbidden step itself: then the pager ends, and its client.
-        caught = status == canary.verdict or "may not become" in child.err
-        assert caught, f"exit status {status}: the loss tests would not have told"
+    # Whether a wrong mover meets its victim is a matter of timing, on a busy machine above all.
+    for _ in range(TRIES):
+        with Child(canary.source, canary=canary.bit) as child:
+            status = child.wait(40)
+            print(child.out)
+            # A debug build may see the forbidden step itself: then the pager ends, and its client.
+            caught = status == canary.verdict or "may not become" in child.err
+        if caught:
+            break
+    assert caught, f"exit status {status}: the loss tests would not have told"
     with Child(canary.source) as child:
         assert child.wait(40) == 0

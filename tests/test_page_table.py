@@ -19,8 +19,8 @@ ZERO, FILLING, CLEAN, UNPROTECTING, DIRTY, MOVING, LEAVING, DROPPING, STORED, PO
 ALLOWED = {
     # A fault on what has no content; nothing else happens to it.
     ZERO: {FILLING},
-    # Read or write; or given up, so that it is what it was (LEAVING: a rescue); or lost.
-    FILLING: {CLEAN, DIRTY, ZERO, STORED, LEAVING, POISONED},
+    # Read or write; or given up, so that it is what it was; or lost.
+    FILLING: {CLEAN, DIRTY, ZERO, STORED, POISONED},
     # Written; moved out all the same; dropped.
     CLEAN: {UNPROTECTING, MOVING, DROPPING},
     UNPROTECTING: {DIRTY, CLEAN},
