@@ -213,7 +213,7 @@ class FaultLoop:
                 )
 
     def _look_for_parked(self) -> None:
-        parked = lib.us_client_parked(self.client)
+        parked = lib.us_client_stuck(self.client)
         self._parked_looks = self._parked_looks + 1 if parked != ffi.NULL else 0
         if self._parked_looks == WAIT_LIMIT_S:
             region = self.region(parked)

@@ -328,10 +328,11 @@ class ClientService:
         if self._timer is not None:
             self._timer.cancel()
         asyncio.get_running_loop().remove_reader(lib.us_client_descriptors(self.native, 4))
+        # Beside the loop: a worker's read of the client's memory may need it to serve a fault.
+        await asyncio.to_thread(lib.us_client_stop, self.native)
         self.loop.detach()
         await self.loop.cancel()
         await self.evictor.cancel()
-        lib.us_client_stop(self.native)
         for store in {id(region.store): region.store for region in self.regions.values()}.values():
             await store.aclose()
         os.close(self.uffd)

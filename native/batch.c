@@ -178,8 +178,8 @@ void us_put_back(struct us_batch *batch, uint32_t slot) {
     while (us_state_of(seen) == US_LEAVING)
         if (us_word_swap(word, &seen, us_with_handle(us_with_state(seen, US_FILLING), 0))) {
             batch->returned++; /* the room of its slot, which is released next, is its own now */
-            while (us_install_rescued(region, index, batch->buffer + (uint64_t)slot * US_PAGE))
-                usleep(PUT_BACK_AGAIN_US); /* its only copy: not given up while the client lives */
+            if (us_install_rescued(region, index, batch->buffer + (uint64_t)slot * US_PAGE))
+                atomic_fetch_or(&batch->stranded, 1ull << slot);
         }
     us_word_clear(word, US_BUSY);
 }
@@ -206,18 +206,6 @@ static void stored(struct us_batch *batch, uint32_t slot, uint64_t handle) {
         us_pool_free(region->pool, handle);
     if (rescued)
         us_word_clear(word, US_BUSY);
-}
-
-/* After no word of the batch says LEAVING any more: rescues that began before end in a moment, and what they could not install
- * is installed here, where waiting holds nobody up. */
-static void settle_rescues(struct us_batch *batch) {
-    while (atomic_load(&batch->pins))
-        usleep(PINS_AGAIN_US);
-    uint64_t stranded = atomic_exchange(&batch->stranded, 0);
-    for (uint32_t i = 0; i < batch->pages; i++)
-        while (stranded >> i & 1 &&
-               us_install_rescued(batch->region, batch->index[i], batch->buffer + (uint64_t)i * US_PAGE))
-            usleep(PUT_BACK_AGAIN_US);
 }
 
 static void compress(struct us_batch *batch) {
@@ -254,7 +242,6 @@ static void leave(struct us_client *client, struct us_batch *batch) {
         }
     if (region->pool) {
         compress(batch);
-        settle_rescues(batch);
         us_order_post(client, batch, US_ORDER_RELEASE);
     } else {
         atomic_store(&batch->told, false);
@@ -326,7 +313,21 @@ static void dropped(struct us_batch *batch, const struct us_order *order) {
     us_batch_free(batch);
 }
 
+/* No word of the batch says LEAVING any more, so rescues that began before end in a moment.  What they or a put-back found no memory
+ * for is installed here, from the batch's buffer: after staging was released, whose memory may be what is wanted, and where waiting
+ * holds no fault up. */
+static void settle_rescues(struct us_batch *batch) {
+    while (atomic_load(&batch->pins))
+        usleep(PINS_AGAIN_US);
+    uint64_t stranded = atomic_exchange(&batch->stranded, 0);
+    for (uint32_t i = 0; i < batch->pages; i++)
+        while (stranded >> i & 1 &&
+               us_install_rescued(batch->region, batch->index[i], batch->buffer + (uint64_t)i * US_PAGE))
+            usleep(PUT_BACK_AGAIN_US); /* its only copy: not given up while the client lives */
+}
+
 static void released(struct us_batch *batch) {
+    settle_rescues(batch);
     int64_t slots = __builtin_popcountll(batch->moved);
     atomic_fetch_sub(&batch->region->leaving, slots * US_PAGE);
     us_release(batch->region, (slots - batch->returned) * US_PAGE);
@@ -373,8 +374,8 @@ bool us_reap(struct us_client *client) {
 /* An order that the agent has not taken for 100 ms (stopped, traced, starved of CPU) is revoked: its pages stay where they are, and
  * until the agent answers again faults are served over the budget, since none may wait for it. */
 void us_check_late(struct us_client *client) {
-    uint64_t now = us_now();
     pthread_mutex_lock(&client->batch_lock);
+    uint64_t now = us_now(); /* under the lock: no order is younger */
     uint32_t revoked[US_ORDERS], n = 0;
     bool late = false;
     for (uint32_t at = client->order_reaped; at != client->order_posted; at++) {
@@ -463,7 +464,6 @@ static void finish_write(struct us_client *client, struct us_batch *batch) {
         us_store_full(batch->region);
     else
         atomic_store(&batch->region->full, false);
-    settle_rescues(batch);
     us_order_post(client, batch, US_ORDER_RELEASE);
 }
 

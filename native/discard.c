@@ -37,6 +37,9 @@ static bool forget_stored(struct us_region *region, uint32_t index, uint64_t see
  * by itself. */
 static bool discard_page(struct us_region *region, struct us_batch *batch, uint32_t index, uint32_t *mark) {
     uint64_t seen = atomic_load(&region->word[index]);
+    /* The generation is still the one that the drop gave it (a refusal counts on): it was dropped, what came since is younger. */
+    if (*mark && *mark == generation_of(seen) + 1)
+        return us_state_of(seen) != US_DROPPING;
     switch (us_state_of(seen)) {
     case US_ZERO:
         return true;
@@ -47,8 +50,6 @@ static bool discard_page(struct us_region *region, struct us_batch *batch, uint3
     case US_CLEAN:
     case US_DIRTY:
     case US_POISONED:
-        if (*mark && *mark == generation_of(seen) + 1)
-            return true; /* it was dropped, and filled anew: that content is younger than the discard */
         if (batch && !(seen & US_BUSY))
             drop_resident(region, batch, index, seen, mark);
         return false;

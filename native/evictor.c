@@ -255,6 +255,13 @@ static int next_try(struct us_client *client) {
     return soonest;
 }
 
+static bool write_done(struct us_client *client) {
+    for (uint32_t i = 0; i < US_BATCHES; i++)
+        if (atomic_load(&client->batch[i].state) == US_BATCH_WRITTEN)
+            return true;
+    return false;
+}
+
 /* Sleep until the agent has finished something, a fault presses, or it is time to look whether an order is late. */
 static void rest(struct us_client *client) {
     uint64_t until = us_now() + SPIN_NS;
@@ -266,7 +273,8 @@ static void rest(struct us_client *client) {
     atomic_store(&client->channel->pager_waits, 1);
     /* only now: who presses after this look finds the worker asleep, and kicks it */
     int pressed_ms = next_try(client);
-    if (!order_done(client) && !atomic_load(&client->stop)) {
+    open = orders_open(client);
+    if (!order_done(client) && !write_done(client) && !atomic_load(&client->stop)) {
         struct pollfd wait = {.fd = client->done_fd, .events = POLLIN};
         poll(&wait, 1, open ? LOOK_FOR_LATE_MS : pressed_ms);
     }
@@ -315,6 +323,7 @@ void *us_helper_main(void *argument) {
         (void)ignored;
         while (!atomic_load(&client->stop) && us_client_parked(client) && work(client))
             continue;
+        us_kick_worker(client); /* it looks after the orders that were posted here */
     }
     return NULL;
 }

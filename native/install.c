@@ -132,9 +132,7 @@ static uint32_t widen(struct us_region *region, uint32_t first, uint32_t ahead, 
         uint64_t seen = atomic_load(word);
         if (us_state_of(seen) != kind || (seen & US_BUSY))
             break;
-        if (atomic_load(&region->charged) + US_PAGE > atomic_load(&region->high) && atomic_load(&region->parked))
-            break;
-        if (!us_reserve(region, 1, false))
+        if (!us_reserve_ahead(region))
             break;
         if (!us_word_swap(word, &seen, us_with_state(seen, US_FILLING) | US_AHEAD)) {
             us_release(region, US_PAGE);
@@ -167,6 +165,8 @@ static void poison(struct us_region *region, uint32_t index) {
     us_uffd_poison(client->uffd, us_address(region, index), US_PAGE);
     uint64_t old = us_word_leave(&region->word[index], US_FILLING, US_POISONED, 0, US_BUSY, 0);
     us_wake_page(region, index, old | US_WAITER);
+    if (region->pool)
+        us_pool_free(region->pool, us_handle_of(old));
 }
 
 /* Answer a fault on a ZERO page, or on a STORED page of a pool, from memory.  `word` is the word just seen.  False: the word has

@@ -171,6 +171,7 @@ int us_region_free(struct us_region *region);
 void us_region_limit(struct us_region *region, uint64_t limit);
 struct us_region *us_region_find(struct us_client *client, uint64_t address);
 bool us_reserve(struct us_region *region, uint32_t pages, bool force);
+bool us_reserve_ahead(struct us_region *region);
 void us_release(struct us_region *region, int64_t bytes);
 void us_queue_push(struct us_region *region, uint32_t index);
 uint32_t us_queue_pop(struct us_region *region, uint32_t *index, uint32_t most);

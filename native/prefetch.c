@@ -8,11 +8,6 @@ uint64_t us_next_ticket(struct us_client *client) {
     return atomic_fetch_add(&client->ticket, 1) % (US_HANDLE_SAME - 1) + 1;
 }
 
-/* Room for readahead is what is left below the eviction mark's limit; a fault that waits for room goes first. */
-static bool room_ahead(struct us_region *region) {
-    return !atomic_load(&region->parked) && us_reserve(region, 1, false);
-}
-
 /* Ask the asyncio loop for a run of stored pages that nobody waits for. */
 void us_await_ahead(struct us_region *region, uint32_t first, uint32_t count, uint64_t now) {
     struct us_client *client = region->client;
@@ -22,7 +17,7 @@ void us_await_ahead(struct us_region *region, uint32_t first, uint32_t count, ui
     while (miss.count < count && first + miss.count < region->pages) {
         us_word *word = &region->word[first + miss.count];
         uint64_t seen = atomic_load(word);
-        if (us_state_of(seen) != US_STORED || (seen & US_BUSY) || !room_ahead(region))
+        if (us_state_of(seen) != US_STORED || (seen & US_BUSY) || !us_reserve_ahead(region))
             break;
         uint64_t filling = us_with_handle(us_with_state(seen, US_FILLING), miss.ticket) | US_BUSY | US_AHEAD;
         if (!us_word_swap(word, &seen, filling)) {
@@ -35,7 +30,7 @@ void us_await_ahead(struct us_region *region, uint32_t first, uint32_t count, ui
         return;
     us_count(&region->count.ahead, miss.count);
     if (us_put_miss(client, &miss))
-        us_fill_failed(region, &miss, 0);
+        us_discard_end(region, miss.first, us_fill_failed(region, &miss, 0));
 }
 
 /* One page that nobody waits for; false when there is no room. */
@@ -47,7 +42,7 @@ static bool read_one(struct us_region *region, uint32_t index, bool write, bool 
         us_await_ahead(region, index, 1, now);
         return true;
     }
-    if (!room_ahead(region))
+    if (!us_reserve_ahead(region))
         return false;
     us_fill_native(region, index, seen, 0, write, keep);
     return true;

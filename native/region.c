@@ -62,6 +62,13 @@ bool us_reserve(struct us_region *region, uint32_t pages, bool force) {
     return false;
 }
 
+/* Room for a page that nobody waits for: never over the budget, and never while a fault is parked for want of it. */
+bool us_reserve_ahead(struct us_region *region) {
+    if (atomic_load(&region->parked) || atomic_load(&region->charged) + US_PAGE > atomic_load(&region->limit))
+        return false;
+    return us_reserve(region, 1, false);
+}
+
 /* Give room back; faults that were parked for want of it are woken and come again. */
 void us_release(struct us_region *region, int64_t bytes) {
     atomic_fetch_sub(&region->charged, bytes);

@@ -44,6 +44,12 @@ struct us_region *us_client_parked(struct us_client *client) {
     return found;
 }
 
+/* A region in which a fault waits for room that its full store will not make; NULL: none. */
+struct us_region *us_client_stuck(struct us_client *client) {
+    struct us_region *parked = us_client_parked(client);
+    return parked && atomic_load(&parked->full) ? parked : NULL;
+}
+
 /* A region whose store was found full and of which this was not told before; NULL: none. */
 struct us_region *us_client_full(struct us_client *client) {
     struct us_region *found = NULL;

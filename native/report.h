@@ -21,6 +21,7 @@ struct us_batch_report {
 };
 
 void us_region_report(struct us_region *region, struct us_report *out);
+struct us_region *us_client_stuck(struct us_client *client);
 struct us_region *us_client_parked(struct us_client *client);
 struct us_region *us_client_full(struct us_client *client);
 void us_region_census(struct us_region *region, uint64_t *pages);

@@ -103,7 +103,7 @@ static bool await_store(struct us_region *region, uint32_t index, uint64_t seen,
     struct us_miss miss = {.region = region, .ticket = ticket, .time_ns = now, .first = index, .count = 1, .write = write};
     us_count(&region->count.awaited, 1);
     if (us_put_miss(client, &miss)) {
-        us_fill_failed(region, &miss, 0); /* the queue is full: the fault comes again */
+        us_discard_end(region, index, us_fill_failed(region, &miss, 0)); /* the queue is full: the fault comes again */
         return true;
     }
     if (ahead)

@@ -8,7 +8,8 @@
  *     message is forgotten after it has set WAITER; every end of these states, failures included, wakes where WAITER was set.
  *  2. Only a page whose swap LEAVING -> STORED won may lose its staging slot as its only copy; only one whose swap to DROPPING
  *     won may be dropped in place.  CLEAN arises only by installing with write protection.
- *  3. Rescue is a copy: LEAVING -> FILLING, UFFDIO_COPY from the pager's own copy of the batch.
+ *  3. Rescue is a copy: LEAVING -> FILLING, UFFDIO_COPY from the pager's own copy of the batch, which is kept until every page of the
+ *     batch is stored or resident; the staging slot may go before.
  *  4. Discard bumps the generation; a fill, rescue or store completion of an older generation installs nothing.
  *  5. BUSY: a store operation on this index is in flight.  A BUSY page is not a victim, its index starts no second operation.
  *  6. resident + staging + kept copies <= budget; only a full store or a late agent may let it grow, and that is counted.
