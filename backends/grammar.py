@@ -15,11 +15,12 @@ filter; the first name that is followed by a single `:` is the store, which take
 """
 
 import difflib
+import operator
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TypeVar
+from typing import SupportsIndex, TypeVar
 from urllib.parse import quote, unquote
 
 SIZE_MAX = 2**63 - 1  # what an off_t holds
@@ -93,13 +94,22 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
 # --- sizes, durations, booleans ---
 
 
+def _whole_bytes(value: object) -> int:
+    """An integer, also numpy's; nothing that is merely close to one."""
+    if not isinstance(value, bool) and isinstance(value, SupportsIndex):
+        return operator.index(value)
+    raise GrammarError(
+        f"{value!r} is not a size: give bytes as an integer, or text such as 512MiB or 25%"
+    )
+
+
 def parse_size(value: str | int, *, whole: int | None = None) -> int:
     """Bytes. `512M` and `512MiB` are the same; a plain integer is bytes already.
 
     `50%` has a meaning only where `whole` says of what. Fractions of a byte are dropped.
     """
-    if isinstance(value, int):
-        return _checked_size(Fraction(value), str(value))
+    if not isinstance(value, str):
+        return _checked_size(Fraction(_whole_bytes(value)), str(value))
     text = value.strip()
     match = _quantity(text, "size", "512MiB")
     amount, unit = Fraction(match[1]), match[2]

@@ -106,7 +106,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--store", default="ram:zstd", help="URL of the store (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=1, help="of the random order (default: 1)")
+    parser.add_argument(
+        "--seed", type=seed_number, default=1, help="of the random order (default: 1)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -118,6 +120,14 @@ def run(arguments: argparse.Namespace) -> int:
         json.dumps(as_json(plan, outcome), indent=2) if arguments.json else as_text(plan, outcome)
     )
     return 0 if outcome.lost == 0 else 1
+
+
+def seed_number(text: str) -> int:
+    """For argparse: a seed that every generator takes."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is negative")
+    return number
 
 
 def make_plan(size: str, resident: str, store: str, seed: int, roots: list[Path]) -> Plan:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from userswap.backends.grammar import parse_size
+from userswap.backends.grammar import GrammarError, format_size, parse_size
 from userswap.bench import baseline, idle, sample
 from userswap.bench.baseline import RefusalError, Rig
 from userswap.bench.cases import AGAINST_BARE, AGAINST_KERNEL, CASES, Case
@@ -32,6 +32,8 @@ from userswap.native import lib
 
 SIDES = ("userswap", "kernel", "bare")
 IDLE = "idle"
+SIZE_MIN = 8 << 20
+"""Smaller, and a budget of half has no room for what is on its way out."""
 GROUPS: dict[str, tuple[Case, ...]] = {
     "all": CASES,
     "kernel": AGAINST_KERNEL,
@@ -132,6 +134,8 @@ def make_options(arguments: argparse.Namespace) -> Options:
     size_text = arguments.size or (QUICK_SIZE if arguments.quick else FULL_SIZE)
     repetitions = QUICK_REPETITIONS if arguments.quick else FULL_REPETITIONS
     size = parse_size(size_text) // sample.PAGE * sample.PAGE
+    if size < SIZE_MIN:
+        raise GrammarError(f"--size {size_text}: at least {format_size(SIZE_MIN)}")
     return Options(
         size=size,
         resident=parse_size(arguments.resident, whole=size),

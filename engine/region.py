@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import operator
 import os
 import resource
 import sys
@@ -32,7 +33,8 @@ PAGES_MIN = 256
 """The smallest budget: room for the pages that each thread needs at once, and for those on their
 way out."""
 PAGES_PER_THREAD = 8
-SIZE_MAX = 1 << 44
+SIZE_MAX = (1 << 44) - (1 << 21)
+"""A client's page table has words for 16 TiB."""
 NORESERVE = 0x4000
 RESIZE_STALL_S = 5.0
 POLL_FIRST_S = 0.0005
@@ -179,13 +181,16 @@ class Region:
 
     def prefetch(self, offset: int, length: int) -> None:
         """Bring stored pages of a range into memory, as far as the budget reaches."""
-        first, count = self._range(offset, length)
+        first, count = self._range(*_integers(offset, length))
         self._call("prefetch", first=first, count=count)
 
     def discard(self, offset: int, length: int) -> None:
         """Forget a range: it reads as zeros from now on. Whole pages only."""
+        offset, length = _integers(offset, length)
         if offset % PAGE or length % PAGE:
-            raise ConfigError(f"discard works on whole pages: {offset} and {length} are not")
+            raise ConfigError(
+                f"discard works on whole pages of {PAGE} bytes: {offset} and {length} are not"
+            )
         first, count = self._range(offset, length)
         self._call("discard", first=first, count=count)
 
@@ -249,9 +254,21 @@ class Region:
 
     def _range(self, offset: int, length: int) -> tuple[int, int]:
         if offset < 0 or length < 0 or offset + length > self.size:
-            raise ConfigError(f"{offset}+{length} is outside the region's {self.size} bytes")
+            raise ConfigError(
+                f"offset {offset}, length {length}: outside the region's {self.size} bytes"
+            )
         first = offset // PAGE
         return first, -(-(offset + length) // PAGE) - first
+
+
+def _integers(offset: int, length: int) -> tuple[int, int]:
+    """Integers of Python's own; numpy's are as welcome."""
+    try:
+        return operator.index(offset), operator.index(length)
+    except TypeError:
+        raise ConfigError(
+            f"offset {offset!r} and length {length!r} must be integers, in bytes"
+        ) from None
 
 
 def _open(settings: Settings, size: int, request: dict[str, Any]) -> _Mapping:
@@ -281,7 +298,7 @@ def _parse(what: str, value: int | str, whole: int | None = None) -> int:
     except GrammarError as error:
         raise ConfigError(f"{what}: {error}") from None
     if not 0 < size <= SIZE_MAX:
-        raise ConfigError(f"{what}: {format_size(size)} is not between 1 byte and 16TiB")
+        raise ConfigError(f"{what}: {size} bytes: more than 0 and less than 16TiB are possible")
     return -(-size // PAGE) * PAGE
 
 
