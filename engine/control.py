@@ -180,7 +180,7 @@ class Caller:
 
     def _deliver(self, message: Message, descriptors: list[int]) -> None:
         number = message.get("id")
-        if isinstance(number, int) and number in self._waiting:
+        if type(number) is int and number in self._waiting:  # True is no number, though it equals 1
             self._waiting.pop(number).settle((message, descriptors))
             return
         for descriptor in descriptors:
