@@ -19,7 +19,6 @@
 #define US_RUN_MAX 32u              /* pages that one install may bring */
 #define US_MISSES 8192u             /* faults waiting for the asyncio loop; a power of two */
 #define US_LATE_NS 100000000ull     /* an order that waits this long is late: the budget yields, the fault does not wait */
-#define US_PAGES_MIN 256u           /* smallest budget of a region */
 
 enum us_batch_state {
     US_BATCH_FREE,
@@ -84,7 +83,7 @@ struct us_region {
     uint64_t start, pages, base; /* base: first slot in the client's table */
     us_word *word;
     struct us_pool *pool; /* NULL: the store is awaited */
-    bool grow, closing_unmapped;
+    bool grow;
     _Atomic bool closing;
     _Atomic uint32_t users; /* batches and workers that hold this region */
     _Atomic int64_t charged, leaving, kept;
