@@ -12,6 +12,9 @@ from collections.abc import Sequence
 
 from userswap.backends.grammar import LayerSpec, Options
 from userswap.backends.store import (
+    PAGE_SIZE,
+    PAGES_MAX,
+    Geometry,
     Run,
     Store,
     StoreFailedError,
@@ -20,7 +23,6 @@ from userswap.backends.store import (
     pages_of,
 )
 
-PAGE_SIZE = 4096
 NAME = "memory"
 
 
@@ -37,6 +39,7 @@ class MemoryStore(Store):
         self._pages_max = page_count if limit is None else limit // page_size
         self._pages: dict[int, bytes] = {}
         self._closed = False
+        self.space = f"this process's memory, {self._pages_max} pages at most"
 
     async def read(self, runs: Sequence[Run]) -> None:
         self._check_open()
@@ -76,10 +79,11 @@ class MemoryStore(Store):
             raise StoreFailedError("is closed", store=NAME)
 
 
-def open_store(layer: LayerSpec, page_count: int) -> Store:
+def open_store(layer: LayerSpec, geometry: Geometry) -> Store:
     if layer.target:
         raise layer.error(f"takes no target, not '{layer.target}'")
+    page_count = geometry.page_count or PAGES_MAX
     options = Options(layer)
-    limit = options.size("limit", default=None, whole=page_count * PAGE_SIZE)
+    limit = options.size("limit", default=None, whole=page_count * geometry.page_size)
     options.finish()
-    return MemoryStore(page_count, limit=limit)
+    return MemoryStore(page_count, page_size=geometry.page_size, limit=limit)

@@ -20,6 +20,9 @@ from typing import Any
 
 from userswap.backends.grammar import LayerSpec, Options, format_size, unknown_name
 from userswap.backends.store import (
+    PAGE_SIZE,
+    PAGES_MAX,
+    Geometry,
     NativePool,
     PageLostError,
     Run,
@@ -32,7 +35,6 @@ from userswap.backends.store import (
 )
 from userswap.native import codecs, ffi, lib
 
-PAGE_SIZE = 4096
 NAME = "ram"
 DEFAULT_CODEC = "lz4"
 LIMIT_MIN = 1024**2  # below it, the first page of each size class and the tables would be all
@@ -44,13 +46,21 @@ LZ4_ACCELERATION = 1
 class RamStore(Store):
     """Pages in a native pool; see `Store` for the contract."""
 
-    page_size = PAGE_SIZE
     durable = False
 
     def __init__(
-        self, page_count: int, *, codec: str = DEFAULT_CODEC, level: int = 1, limit: int = 0
+        self,
+        page_count: int,
+        *,
+        page_size: int = PAGE_SIZE,
+        codec: str = DEFAULT_CODEC,
+        level: int = 1,
+        limit: int = 0,
     ) -> None:
+        self.page_size = page_size
         self.page_count = page_count
+        self._blocks = page_size // PAGE_SIZE
+        """Objects of the pool that one page takes: it keeps 4 KiB each."""
         self._pool: Any = ffi.NULL
         self._pages: Any = ffi.NULL
         try:
@@ -65,30 +75,32 @@ class RamStore(Store):
         self._error = ffi.new("int *")
         held = f" in at most {format_size(limit)}" if limit else ""
         description = f"{codec} {opened.version}{held}".replace("none ", "uncompressed")
-        self.native = NativePool(self._pool, lib.us_pool_fd(self._pool), description)
+        self.space = f"compressed in this process's memory: {description}"
+        if self._blocks == 1:
+            self.native = NativePool(self._pool, lib.us_pool_fd(self._pool), description)
 
     async def read(self, runs: Sequence[Run]) -> None:
         table = self._table()
         for run in runs:
-            count = len(pages_of(self, run))
+            first, count = self._blocks_of(pages_of(self, run))
             # `with`: an error's traceback must not hold on to the caller's buffer
             with ffi.from_buffer(run.buffer, require_writable=True) as place:
-                done = lib.us_ram_read(table, run.index, count, place, self._error)
+                done = lib.us_ram_read(table, first, count, place, self._error)
             if done < count:
-                raise self._failure("cannot be decompressed", run.index + done)
+                raise self._failure("cannot be decompressed", (first + done) // self._blocks)
 
     async def write(self, runs: Sequence[Run]) -> None:
         table = self._table()
         for run in runs:
-            count = len(pages_of(self, run))
+            first, count = self._blocks_of(pages_of(self, run))
             with ffi.from_buffer(run.buffer) as place:
-                done = lib.us_ram_write(table, run.index, count, place, self._error)
+                done = lib.us_ram_write(table, first, count, place, self._error)
             if done < count:
-                raise self._failure("cannot be kept", run.index + done)
+                raise self._failure("cannot be kept", (first + done) // self._blocks)
 
     async def discard(self, index: int, count: int) -> None:
-        pages = pages_between(self, index, count)
-        lib.us_ram_discard(self._table(), pages.start, len(pages))
+        first, blocks = self._blocks_of(pages_between(self, index, count))
+        lib.us_ram_discard(self._table(), first, blocks)
 
     async def flush(self) -> None:
         self._check_open()
@@ -101,6 +113,9 @@ class RamStore(Store):
         self._pool = self._pages = ffi.NULL
         self.native = None
 
+    def _blocks_of(self, pages: range) -> tuple[int, int]:
+        return pages.start * self._blocks, len(pages) * self._blocks
+
     def _check_open(self) -> None:
         if self._pool == ffi.NULL:
             raise StoreFailedError("is closed", store=NAME)
@@ -110,7 +125,7 @@ class RamStore(Store):
         self._check_open()
         if self._pages == ffi.NULL:
             out = ffi.new("struct us_ram **")
-            if lib.us_ram_create(out, self._pool, self.page_count) < 0:
+            if lib.us_ram_create(out, self._pool, self.page_count * self._blocks) < 0:
                 raise StoreFailedError("no room for the table of pages", store=NAME)
             self._pages = out[0]
         return self._pages
@@ -125,12 +140,13 @@ class RamStore(Store):
         return PageLostError(f"{what}: {os.strerror(number)}", store=NAME, page=page)
 
 
-def open_store(layer: LayerSpec, page_count: int) -> Store:
+def open_store(layer: LayerSpec, geometry: Geometry) -> Store:
     codec = layer.target or DEFAULT_CODEC
     if codec not in codecs.NAMES:
         raise layer.error(unknown_name("codec", codec, codecs.NAMES))
+    page_count = geometry.page_count or PAGES_MAX * PAGE_SIZE // geometry.page_size
     options = Options(layer)
-    limit = options.size("limit", default=None, whole=page_count * PAGE_SIZE)
+    limit = options.size("limit", default=None, whole=page_count * geometry.page_size)
     level = LZ4_ACCELERATION
     if codec == "zstd":
         low, high = ZSTD_LEVELS
@@ -138,4 +154,6 @@ def open_store(layer: LayerSpec, page_count: int) -> Store:
     options.finish()
     if limit is not None and limit < LIMIT_MIN:
         raise layer.error(f"has to be at least {format_size(LIMIT_MIN)}", "limit")
-    return RamStore(page_count, codec=codec, level=level, limit=limit or 0)
+    return RamStore(
+        page_count, page_size=geometry.page_size, codec=codec, level=level, limit=limit or 0
+    )

@@ -5,8 +5,10 @@ entry-point groups `userswap.stores` and `userswap.filters`; what this package i
 known here too, so that it is found before its metadata was written anew.
 Must not know: what any layer does with its target and options.
 
-A store is opened by `open_store(layer, page_count)`, a filter by `open_filter(layer, store)`. Both
-return a `Store`, or a coroutine that does, so that opening may wait for a medium or a network.
+A store is opened by `open_store(layer, geometry)`, a filter by `open_filter(layer, geometry,
+below)`, which opens what is under it. Both return a `Store`, or a coroutine that does, so that
+opening may wait for a medium or a network. Whatever else a layer needs (a package that is not
+installed) it imports when it is opened.
 """
 
 from __future__ import annotations
@@ -15,10 +17,9 @@ import functools
 import inspect
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
 
-from userswap.backends.grammar import LayerSpec, parse_store_url
-from userswap.backends.store import Store, StoreFailedError
+from userswap.backends.grammar import LayerSpec, StackSpec, parse_store_url
+from userswap.backends.store import Geometry, Store, StoreFailedError
 
 STORES_GROUP = "userswap.stores"
 FILTERS_GROUP = "userswap.filters"
@@ -38,19 +39,40 @@ def filters() -> dict[str, EntryPoint]:
     return _layers(FILTERS_GROUP, _OWN_FILTERS)
 
 
-async def open_stack(url: str, page_count: int) -> Store:
+def parse(url: str) -> StackSpec:
+    """Read a URL whose layers all exist; what is wrong with it is a GrammarError."""
+    return parse_store_url(url, stores=stores(), filters=filters())
+
+
+def foreign_layers(spec: StackSpec) -> list[str]:
+    """The layers of a stack that are not this package's own."""
+    names = [layer.name for layer in spec.filters if layer.name not in _OWN_FILTERS]
+    return names + [spec.store.name] * (spec.store.name not in _OWN_STORES)
+
+
+async def open_stack(url: str, geometry: Geometry) -> Store:
     """Open the store that `url` names, under its filters. What is wrong with the URL itself is a
     GrammarError; what cannot be opened, a StoreError."""
-    known_stores, known_filters = stores(), filters()
-    spec = parse_store_url(url, stores=known_stores, filters=known_filters)
-    store = await _open(known_stores[spec.store.name], spec.store, page_count)
-    for layer in reversed(spec.filters):
-        try:
-            store = await _open(known_filters[layer.name], layer, store)
-        except BaseException:
-            await store.aclose()
-            raise
-    return store
+    return await _Below(parse(url), 0).open(geometry)
+
+
+class _Below:
+    """The layers of a stack from the one at `depth` inwards."""
+
+    def __init__(self, spec: StackSpec, depth: int) -> None:
+        self._spec = spec
+        self._depth = depth
+
+    async def open(self, geometry: Geometry) -> Store:
+        if self._depth == len(self._spec.filters):
+            layer = self._spec.store
+            return await _open(stores()[layer.name], layer, geometry)
+        layer = self._spec.filters[self._depth]
+        below = _Below(self._spec, self._depth + 1)
+        return await _open(filters()[layer.name], layer, geometry, below)
+
+    async def open_url(self, url: str, geometry: Geometry) -> Store:
+        return await open_stack(url, geometry)
 
 
 def _layers(group: str, own: Mapping[str, str]) -> dict[str, EntryPoint]:
@@ -65,13 +87,13 @@ def _installed(group: str) -> Mapping[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=group)}
 
 
-async def _open(point: EntryPoint, layer: LayerSpec, over: Any) -> Store:
+async def _open(point: EntryPoint, layer: LayerSpec, geometry: Geometry, *below: _Below) -> Store:
     try:
         opener = point.load()
     except (ImportError, AttributeError) as error:
         raise StoreFailedError(f"cannot be loaded ({error})", store=layer.name) from error
     try:
-        store = opener(layer, over)
+        store = opener(layer, geometry, *below)
         if inspect.isawaitable(store):
             store = await store
     except OSError as error:

@@ -23,7 +23,30 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+
+PAGE_SIZE = 4096
+PAGE_SIZE_MAX = 2 * 1024**2
+PAGES_MAX = 1 << 32
+"""Of a store that has no size of its own: 16 TiB of pages of 4 KiB, of which few are ever used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What is asked of a store that is opened: pages of which size, and how many.
+
+    `page_count` None asks for as many as the medium holds, or PAGES_MAX where it has no size.
+    """
+
+    page_count: int | None = None
+    page_size: int = PAGE_SIZE
+
+    def __post_init__(self) -> None:
+        size = self.page_size
+        if not PAGE_SIZE <= size <= PAGE_SIZE_MAX or size & (size - 1):
+            raise ValueError(f"pages of {size} bytes: a power of two from 4KiB to 2MiB is possible")
+        if self.page_count is not None and not 0 < self.page_count <= PAGES_MAX:
+            raise ValueError(f"{self.page_count} pages: 1 to {PAGES_MAX} are possible")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +82,12 @@ class Store(ABC):
     page_count: int
     durable: bool
     """What `flush` confirmed survives the end of this process and of the machine's power."""
+    checked: bool = False
+    """A page that was damaged is a PageLostError, never wrong bytes."""
+    encrypted: bool = False
+    """The medium never sees what the pages hold."""
+    space: str = ""
+    """A few words: where pages go, and what bounds the room they take."""
     native: NativePool | None = None
     """None where the store is awaited."""
 
@@ -81,6 +110,16 @@ class Store(ABC):
     @abstractmethod
     async def aclose(self) -> None:
         """Release what the store holds, even if that raises; later calls do nothing."""
+
+
+class Below(Protocol):
+    """What a filter is given to open the store under it."""
+
+    async def open(self, geometry: Geometry) -> Store:
+        """The next layer; a filter that keeps bytes per page asks for more pages than it offers."""
+
+    async def open_url(self, url: str, geometry: Geometry) -> Store:
+        """Another stack, which an option of the filter names."""
 
 
 def pages_between(store: Store, index: int, count: int) -> range:

@@ -18,7 +18,7 @@ from typing import Any
 
 from userswap.backends.grammar import GrammarError, unknown_name
 from userswap.backends.registry import open_stack
-from userswap.backends.store import Store, StoreError
+from userswap.backends.store import Geometry, Store, StoreError
 from userswap.engine.errors import ConfigError, ResidentError, UserswapError
 from userswap.engine.evictor import Evictor
 from userswap.engine.fault_loop import FaultLoop, Pending, Served, discard_marked
@@ -147,7 +147,7 @@ class ClientService:
             self._pools[url] = (store, users + 1)
             return store
         try:
-            store = await open_stack(url, pages)
+            store = await open_stack(url, Geometry(pages))
         except (GrammarError, StoreError) as error:
             raise ConfigError(f"store {url!r}: {error}") from None
         except OSError as error:

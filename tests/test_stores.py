@@ -11,6 +11,8 @@ from userswap.backends import memory, registry
 from userswap.backends.grammar import GrammarError, LayerSpec
 from userswap.backends.registry import open_stack
 from userswap.backends.store import (
+    Below,
+    Geometry,
     PageLostError,
     Run,
     Store,
@@ -35,7 +37,7 @@ FULL_URLS = (
 
 @pytest.fixture(params=URLS)
 async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
-    opened = await open_stack(request.param, PAGES)
+    opened = await open_stack(request.param, Geometry(PAGES))
     yield opened
     await opened.aclose()
 
@@ -152,7 +154,7 @@ async def test_closed_twice_and_used_after(store: Store) -> None:
 @pytest.mark.parametrize("url", FULL_URLS)
 async def test_a_full_store_keeps_what_it_has(url: str, seed: int) -> None:
     rng = random.Random(seed)
-    store = await open_stack(url, PAGES)
+    store = await open_stack(url, Geometry(PAGES))
     old = {index: rng.randbytes(PAGE) for index in range(0, PAGES, 2)}
     kept = 0
     error: StoreFullError | None = None
@@ -178,7 +180,7 @@ async def test_a_full_store_keeps_what_it_has(url: str, seed: int) -> None:
 
 async def test_a_damaged_page_is_lost_alone(seed: int) -> None:
     rng = random.Random(seed)
-    store = await open_stack("ram:zstd", PAGES)
+    store = await open_stack("ram:zstd", Geometry(PAGES))
     assert store.native is not None
     data = content(rng, 1)
     await write(store, 3, data)
@@ -197,14 +199,14 @@ async def test_a_damaged_page_is_lost_alone(seed: int) -> None:
 
 
 async def test_compressed_ram_says_what_the_fault_server_needs() -> None:
-    store = await open_stack("ram:zstd?limit=512MiB", PAGES)
+    store = await open_stack("ram:zstd?limit=512MiB", Geometry(PAGES))
     assert store.native is not None
     assert lib.us_pool_fd(store.native.pool) == store.native.fd
     assert store.native.description.startswith("zstd ")
     assert "512MiB" in store.native.description
     await store.aclose()
     assert store.native is None
-    assert (await open_stack("memory:", PAGES)).native is None
+    assert (await open_stack("memory:", Geometry(PAGES))).native is None
 
 
 @pytest.mark.parametrize(
@@ -223,7 +225,7 @@ async def test_compressed_ram_says_what_the_fault_server_needs() -> None:
 )
 async def test_a_url_that_is_wrong_says_how(url: str, message: str) -> None:
     with pytest.raises(GrammarError, match=message):
-        await open_stack(url, PAGES)
+        await open_stack(url, Geometry(PAGES))
 
 
 class Doubled(memory.MemoryStore):
@@ -232,15 +234,16 @@ class Doubled(memory.MemoryStore):
     under: Store
 
 
-async def open_filter(layer: LayerSpec, store: Store) -> Store:
+async def open_filter(layer: LayerSpec, geometry: Geometry, below: Below) -> Store:
     if layer.options:
         raise layer.error("takes no options")
-    opened = Doubled(store.page_count)
-    opened.under = store
+    under = await below.open(geometry)
+    opened = Doubled(under.page_count)
+    opened.under = under
     return opened
 
 
-def open_nothing(layer: LayerSpec, store: Store) -> object:
+def open_nothing(layer: LayerSpec, geometry: Geometry, below: Below) -> object:
     return layer
 
 
@@ -252,16 +255,16 @@ async def test_filters_are_opened_from_the_inside_out(monkeypatch: pytest.Monkey
         "nothing": EntryPoint("nothing", f"{__name__}:open_nothing", group),
     }
     monkeypatch.setattr(registry, "filters", lambda: here)
-    outer = await open_stack("twice::twice::ram:lz4", PAGES)
+    outer = await open_stack("twice::twice::ram:lz4", Geometry(PAGES))
     assert isinstance(outer, Doubled)
     assert isinstance(outer.under, Doubled)
     assert outer.under.under.native is not None
     with pytest.raises(StoreFailedError, match="nowhere"):
-        await open_stack("absent::ram:lz4", PAGES)
+        await open_stack("absent::ram:lz4", Geometry(PAGES))
     with pytest.raises(StoreFailedError, match="which is no store"):
-        await open_stack("nothing::memory:", PAGES)
+        await open_stack("nothing::memory:", Geometry(PAGES))
     with pytest.raises(GrammarError, match="takes no options"):
-        await open_stack("twice?a=b::memory:", PAGES)
+        await open_stack("twice?a=b::memory:", Geometry(PAGES))
 
 
 def test_errors_name_the_store_and_the_page() -> None:

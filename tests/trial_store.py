@@ -33,6 +33,8 @@ from contextlib import contextmanager
 
 from userswap.backends.grammar import LayerSpec, Options
 from userswap.backends.store import (
+    PAGES_MAX,
+    Geometry,
     PageLostError,
     Run,
     Store,
@@ -182,5 +184,5 @@ class TrialStore(Store):
                 file.write(json.dumps(what) + "\n")
 
 
-def open_store(layer: LayerSpec, page_count: int) -> Store:
-    return TrialStore(layer, page_count)
+def open_store(layer: LayerSpec, geometry: Geometry) -> Store:
+    return TrialStore(layer, geometry.page_count or PAGES_MAX)
