@@ -1,0 +1,6 @@
+#define US_SHUFFLE_OFF ...
+#define US_SHUFFLE_AUTO ...
+
+void us_shuffle(int width, const void *page, void *out);
+void us_unshuffle(int width, const void *shuffled, void *page);
+uint32_t us_shuffle_estimate(const void *page, int *width);
