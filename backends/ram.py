@@ -8,7 +8,8 @@ takes a few microseconds, less than handing it to a thread would.
 Must not know: faults, other stores.
 
 Targets: `lz4` (also where none is given), `zstd`, `none`. Options: `limit=SIZE` of memory held,
-`level=N` for zstd.
+`level=N` for zstd, `shuffle=auto|off|4|8` for both: the width of numbers whose bytes are put in
+order before they are compressed.
 """
 
 from __future__ import annotations
@@ -33,14 +34,12 @@ from userswap.backends.store import (
     pages_between,
     pages_of,
 )
+from userswap.backends.values import LZ4_ACCELERATION, SHUFFLES, ZSTD_LEVEL, ZSTD_LEVELS
 from userswap.native import codecs, ffi, lib
 
 NAME = "ram"
 DEFAULT_CODEC = "lz4"
 LIMIT_MIN = 1024**2  # below it, the first page of each size class and the tables would be all
-ZSTD_LEVELS = (-50, 22)
-ZSTD_LEVEL = 1
-LZ4_ACCELERATION = 1
 
 
 class RamStore(Store):
@@ -55,6 +54,7 @@ class RamStore(Store):
         page_size: int = PAGE_SIZE,
         codec: str = DEFAULT_CODEC,
         level: int = 1,
+        shuffle: str = "auto",
         limit: int = 0,
     ) -> None:
         self.page_size = page_size
@@ -68,7 +68,7 @@ class RamStore(Store):
         except codecs.CodecError as error:
             raise StoreFailedError(str(error), store=NAME) from error
         pool = ffi.new("struct us_pool **")
-        rc = lib.us_pool_create(pool, opened.number, level, limit)
+        rc = lib.us_pool_create(pool, opened.number, level, SHUFFLES[shuffle], limit)
         if rc < 0:
             raise StoreFailedError(f"no room for the pool: {os.strerror(-rc)}", store=NAME)
         self._pool = pool[0]
@@ -151,9 +151,17 @@ def open_store(layer: LayerSpec, geometry: Geometry) -> Store:
     if codec == "zstd":
         low, high = ZSTD_LEVELS
         level = options.integer("level", default=ZSTD_LEVEL, low=low, high=high)
+    shuffle = "off"
+    if codec != "none":
+        shuffle = options.choice("shuffle", default="auto", choices=SHUFFLES)
     options.finish()
     if limit is not None and limit < LIMIT_MIN:
         raise layer.error(f"has to be at least {format_size(LIMIT_MIN)}", "limit")
     return RamStore(
-        page_count, page_size=geometry.page_size, codec=codec, level=level, limit=limit or 0
+        page_count,
+        page_size=geometry.page_size,
+        codec=codec,
+        level=level,
+        shuffle=shuffle,
+        limit=limit or 0,
     )

@@ -1,10 +1,12 @@
 #include "pool.h"
+#include "pack.h"
+#include "shuffle.h"
 #include <errno.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define SLOT_MASK ((1ull << 48) - 1)
+#define SLOT_MASK ((1ull << 47) - 1)
 #define MOVES_FOR_ROOM 64u
 #define WASTE_MIN (512u << 10) /* classes by the hundred hold a page or two that are not full */
 
@@ -14,14 +16,15 @@ struct us_pool {
     struct us_slots slots;
     us_relocate_fn *relocate;
     void *owner;
-    int codec, level;
+    int codec, level, shuffle;
     uint64_t limit_bytes;
     uint64_t objects, whole_pages, payload_bytes, object_bytes, compactions; /* under slots.lock */
     _Atomic uint64_t same_filled;
 };
 
-int us_pool_create(struct us_pool **out, int codec, int level, uint64_t limit_bytes) {
-    if (codec < 0 || codec >= US_CODECS)
+int us_pool_create(struct us_pool **out, int codec, int level, int shuffle, uint64_t limit_bytes) {
+    bool is_width = shuffle == US_SHUFFLE_AUTO || shuffle == US_SHUFFLE_OFF || shuffle == 4 || shuffle == 8;
+    if (codec < 0 || codec >= US_CODECS || !is_width)
         return -EINVAL;
     if (!us_codec_is_open(codec))
         return -ENOPKG;
@@ -35,6 +38,7 @@ int us_pool_create(struct us_pool **out, int codec, int level, uint64_t limit_by
     }
     pool->codec = codec;
     pool->level = level;
+    pool->shuffle = shuffle;
     pool->limit_bytes = limit_bytes;
     *out = pool;
     return 0;
@@ -93,13 +97,15 @@ int us_pool_put(struct us_pool *pool, const void *page, uint64_t slot, uint64_t 
         *handle = US_HANDLE_SAME | pattern;
         return 0;
     }
-    int length = us_compress(pool->codec, pool->level, page, packed, sizeof packed);
+    int width, length = us_pack(pool->codec, pool->level, pool->shuffle, page, packed, sizeof packed, &width);
     if (length < 0)
         return length;
     const void *content = length ? (const void *)packed : page;
     uint64_t codec = length ? (uint64_t)pool->codec : US_CODEC_NONE;
-    if (!length)
+    if (!length) {
         length = US_PAGE_BYTES;
+        width = 0;
+    }
     uint64_t taken;
     int rc = take_slot(pool, (uint32_t)length, &taken);
     if (rc)
@@ -107,7 +113,8 @@ int us_pool_put(struct us_pool *pool, const void *page, uint64_t slot, uint64_t 
     const struct us_class *class;
     uint64_t *header = us_slots_find(&pool->slots, taken, &class);
     memcpy(us_slots_data(&pool->slots, class, taken), content, (size_t)length);
-    uint64_t made = (slot & SLOT_MASK) << US_HEADER_SLOT_SHIFT | codec << US_HEADER_CODEC_SHIFT | (uint64_t)length;
+    uint64_t made = (slot & SLOT_MASK) << US_HEADER_SLOT_SHIFT | (uint64_t)width / 4 << US_HEADER_WIDTH_SHIFT |
+                    codec << US_HEADER_CODEC_SHIFT | (uint64_t)length;
     __atomic_store_n(header, made, __ATOMIC_RELEASE);
     *handle = taken;
     return 0;
@@ -125,8 +132,9 @@ int us_pool_get(struct us_pool *pool, uint64_t handle, void *page) {
     if (!length || length > US_PAGE_BYTES || (length < US_PAGE_BYTES && length + US_SLOT_HEADER > class->size))
         return -EILSEQ;
     const uint8_t *data = us_slots_data(&pool->slots, class, handle);
+    int codec = (int)(header >> US_HEADER_CODEC_SHIFT & 3), width = (int)(header >> US_HEADER_WIDTH_SHIFT & 3) * 4;
     if (length < US_PAGE_BYTES)
-        return us_decompress((int)(header >> US_HEADER_CODEC_SHIFT & 3), data, length, page);
+        return us_unpack(codec, width, data, length, page);
     if (class->size != US_PAGE_BYTES)
         return -EILSEQ;
     memcpy(page, data, US_PAGE_BYTES);

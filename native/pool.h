@@ -36,13 +36,13 @@ struct us_pool_stats {
     uint32_t locked;        /* 1: the kernel will not swap the pool out */
 };
 
-/* Make a pool: 0, -EINVAL (codec), -ENOPKG (its library is not open), or what making the memfd failed with. */
-int us_pool_create(struct us_pool **out, int codec, int level, uint64_t limit_bytes);
+/* Make a pool; `shuffle` as for us_pack: 0, -EINVAL (codec, shuffle), -ENOPKG (its library is not open), or what making the memfd failed with. */
+int us_pool_create(struct us_pool **out, int codec, int level, int shuffle, uint64_t limit_bytes);
 void us_pool_destroy(struct us_pool *pool);
 void us_pool_set_owner(struct us_pool *pool, us_relocate_fn *relocate, void *owner);
 int us_pool_fd(const struct us_pool *pool);
 
-/* Keep a copy of one page for the reference at `slot` (48 bits): 0, -ENOSPC (limit), -ENOMEM.  At the limit it first moves
+/* Keep a copy of one page for the reference at `slot` (47 bits): 0, -ENOSPC (limit), -ENOMEM.  At the limit it first moves
  * other objects together: relocate must need no lock that the caller holds. */
 int us_pool_put(struct us_pool *pool, const void *page, uint64_t slot, uint64_t *handle);
 

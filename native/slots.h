@@ -25,10 +25,11 @@
 #define US_OBJECT_MAX 3624u  /* more is kept as a whole page: a slot for it would save less than a ninth */
 #define US_SLOT_CLASSES 128u /* room for; the table has fewer */
 
-/* header: length 13 | codec 2 | unused 1 | slot of the owner 48; length 0 is no object */
+/* header: length 13 | codec 2 | width of the byte shuffle / 4, 2 | slot of the owner 47; length 0 is no object */
 #define US_HEADER_LENGTH 0x1fffull
 #define US_HEADER_CODEC_SHIFT 13
-#define US_HEADER_SLOT_SHIFT 16
+#define US_HEADER_WIDTH_SHIFT 15
+#define US_HEADER_SLOT_SHIFT 17
 #define US_HEADER_BUSY (1ull << US_HEADER_CODEC_SHIFT) /* else, with length 0: FREE, next free slot in the slot bits */
 
 enum us_list { US_LIST_SPARSE, US_LIST_FULLEST = 3, US_LIST_GROW, US_LISTS, US_LIST_NONE, US_LIST_GROWING, US_LIST_MOVING };

@@ -19,6 +19,7 @@ PAGE = 4096
 MIB = 1024**2
 SAME = lib.US_HANDLE_SAME
 CODEC = codecs.open_codec("lz4").number
+AUTO = int(lib.US_SHUFFLE_AUTO)
 # AddressSanitizer's shadow alone is terabytes.
 LIMITS = ("FSIZE",) if "asan" in os.environ.get("LD_PRELOAD", "") else ("FSIZE", "AS")
 SEALS = 0x0001 | 0x0002 | 0x0004  # F_SEAL_SEAL, SHRINK, GROW; fcntl has their names from 3.13 on
@@ -38,7 +39,7 @@ class Pool:
 
     def __init__(self, rng: random.Random, limit: int = 0) -> None:
         out = ffi.new("struct us_pool **")
-        check(lib.us_pool_create(out, CODEC, 1, limit))
+        check(lib.us_pool_create(out, CODEC, 1, AUTO, limit))
         self.pool: Any = out[0]
         self.handles: dict[int, int] = {}
         self.rng = rng
@@ -282,8 +283,9 @@ def test_the_memfd_cannot_be_resized(pool: Pool) -> None:
 
 def test_a_codec_that_is_not_open_is_refused() -> None:
     out = ffi.new("struct us_pool **")
-    assert lib.us_pool_create(out, 99, 1, 0) == -errno.EINVAL
-    assert lib.us_pool_create(out, -1, 1, 0) == -errno.EINVAL
+    assert lib.us_pool_create(out, 99, 1, 0, 0) == -errno.EINVAL
+    assert lib.us_pool_create(out, -1, 1, 0, 0) == -errno.EINVAL
+    assert lib.us_pool_create(out, CODEC, 1, 3, 0) == -errno.EINVAL
 
 
 @pytest.mark.parametrize("limit", LIMITS)
@@ -293,7 +295,7 @@ def test_it_takes_no_more_addresses_than_the_process_may_have(limit: str) -> Non
         "from userswap.native import check, codecs, ffi, lib\n"
         "number, out = codecs.open_codec('lz4').number, ffi.new('struct us_pool **')\n"
         f"resource.setrlimit(resource.RLIMIT_{limit}, (1 << 30, 1 << 30))\n"
-        "check(lib.us_pool_create(out, number, 1, 0))\n"
+        "check(lib.us_pool_create(out, number, 1, 0, 0))\n"
         "handle = ffi.new('uint64_t *')\n"
         "check(lib.us_pool_put(out[0], bytes(range(256)) * 16, 0, handle))\n"
     )

@@ -188,7 +188,7 @@ async def test_a_damaged_page_is_lost_alone(seed: int) -> None:
     with mmap.mmap(store.native.fd, MIB) as memory:
         # What page 8 compresses to is tiny: it and page 3 are in different blocks of 64 KiB.
         headers = [place for place in range(65536, MIB, 65536) if any(memory[place : place + 8])]
-        slots = {int.from_bytes(memory[at : at + 8], "little") >> 16: at for at in headers}
+        slots = {int.from_bytes(memory[at : at + 8], "little") >> 17: at for at in headers}
         memory[slots[8] : slots[8] + 2] = b"\xff\xff"
     with pytest.raises(PageLostError) as caught:
         await read(store, 7, 3)

@@ -18,7 +18,7 @@ struct us_pool_stats {
 
 #define US_HANDLE_SAME ...
 
-int us_pool_create(struct us_pool **out, int codec, int level, uint64_t limit_bytes);
+int us_pool_create(struct us_pool **out, int codec, int level, int shuffle, uint64_t limit_bytes);
 void us_pool_destroy(struct us_pool *pool);
 void us_pool_set_owner(struct us_pool *pool, us_relocate_fn *relocate, void *owner);
 int us_pool_fd(const struct us_pool *pool);
