@@ -259,9 +259,17 @@ def _format_filter(layer: LayerSpec) -> str:
 
 
 def parse_store_url(
-    url: str, *, stores: Collection[str] | None = None, filters: Collection[str] | None = None
+    url: str,
+    *,
+    stores: Collection[str] | None = None,
+    filters: Collection[str] | None = None,
+    examples: Collection[str] = (),
 ) -> StackSpec:
-    """Read a stack. Names are checked against `stores` and `filters` where these are given."""
+    """Read a stack. Names are checked against `stores` and `filters` where these are given.
+
+    `examples` are good URLs: who writes a word of one alone is told the whole.
+    """
+    _check_bare_word(url, examples)
     layers: list[LayerSpec] = []
     position = 0
     while True:
@@ -281,6 +289,18 @@ def parse_store_url(
     store = LayerSpec(name, target, options, position, url, places)
     _check_name(store, "store", stores, filters)
     return StackSpec(tuple(layers), store)
+
+
+def _check_bare_word(url: str, examples: Collection[str]) -> None:
+    """A name alone is no URL, but says which one may be meant."""
+    if not _LAYER_NAME.fullmatch(url):
+        return
+    words = {word for example in examples for word in example.split(":") if word}
+    near = difflib.get_close_matches(url, sorted(words), n=1)
+    meant = [repr(example) for example in examples if near and near[0] in example.split(":")]
+    if meant:
+        message = f"'{url}' is not a store URL; did you mean {' or '.join(meant)}?"
+        raise GrammarError(message, url, len(url))
 
 
 def _layer_name(url: str, position: int, layers: list[LayerSpec]) -> str:

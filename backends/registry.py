@@ -28,6 +28,8 @@ _OWN_STORES = {
     "ram": "userswap.backends.ram:open_store",
 }
 _OWN_FILTERS: dict[str, str] = {}
+_EXAMPLES = ("ram:lz4", "ram:zstd", "memory:")
+"""What a URL that is only a word may have been meant to be."""
 
 
 def stores() -> dict[str, EntryPoint]:
@@ -41,7 +43,7 @@ def filters() -> dict[str, EntryPoint]:
 
 def parse(url: str) -> StackSpec:
     """Read a URL whose layers all exist; what is wrong with it is a GrammarError."""
-    return parse_store_url(url, stores=stores(), filters=filters())
+    return parse_store_url(url, stores=stores(), filters=filters(), examples=_EXAMPLES)
 
 
 def foreign_layers(spec: StackSpec) -> list[str]:

@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self, SupportsIndex
 
 from userswap.backends.grammar import GrammarError, format_size, parse_size
 from userswap.engine import client as clients
@@ -86,7 +86,8 @@ class Region:
         size: bytes, or text such as "1GiB"; rounded up to whole pages of 4096 bytes.
         resident: the budget: bytes, "256MiB" or a share such as "25%". Pages on their way out and
             compressed copies kept of clean pages count in it; what the store itself holds does
-            not. At least 1 MiB, and 32 KiB for each thread of the process.
+            not. At least 1 MiB, and 32 KiB for each thread of the process. More than `size` means
+            `size`, or that minimum for a region that is smaller still.
         store: where the rest goes, as a store URL: "ram:lz4", "ram:zstd?level=1&limit=512MiB",
             "memory:".
         name: for statistics and messages.
@@ -105,7 +106,8 @@ class Region:
     Raises ConfigError for what cannot be meant, UnsupportedError for what this machine cannot do,
     PagerError when the pager is gone. Usable as a context manager.
 
-    A forked child does not inherit the memory: touching it there is SIGSEGV.
+    A region is one memory in one process: it cannot be copied or pickled. A forked child does not
+    inherit the memory: touching it there is SIGSEGV.
     """
 
     def __init__(
@@ -123,12 +125,15 @@ class Region:
         prefetch: str = "streams",
     ) -> None:
         self._mapping: _Mapping | None = None
+        self.name, self.size = "?", 0
         self.name = _check_name(name)
         if on_full not in ("grow", "stall"):
             raise ConfigError(f"on_full={on_full!r}: use grow or stall")
+        if not isinstance(store, str):
+            raise ConfigError(f"store={store!r}: use a store URL, such as 'ram:lz4'")
         settings = Settings(fault_path, on_pager_death, user_mode_only, placement)
-        self.size = _parse("size", size)
-        self._limit = _check_resident(_parse("resident", resident, self.size))
+        self.size = check_size(size)
+        self._limit = check_resident(resident, self.size)
         request = {
             "pages": self.size // PAGE,
             "limit": self._limit,
@@ -162,7 +167,7 @@ class Region:
         Raises ResidentError, saying what holds the pages, when for 5 seconds nothing more goes
         out; the new budget then stays in force all the same.
         """
-        limit = _check_resident(_parse("resident", resident, self.size))
+        limit = check_resident(resident, self.size)
         self._call("limit", limit=limit)
         self._limit = limit
         least, deadline, pause = None, 0.0, POLL_FIRST_S
@@ -227,6 +232,7 @@ class Region:
             self._mapping = None
 
     def __enter__(self) -> Self:
+        self._open_mapping()
         return self
 
     def __exit__(
@@ -237,8 +243,13 @@ class Region:
     ) -> None:
         self._close(stacklevel=3)
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        # A copy would be a second owner of one memory, and close it under the first.
+        raise TypeError("a Region cannot be copied or pickled: copy the bytes of its memory")
+
     def __repr__(self) -> str:
-        return f"<userswap.Region {getattr(self, 'name', '?')!r} of {format_size(self.size)}>"
+        closed = ", closed" if self._mapping is None else ""
+        return f"<userswap.Region {self.name!r} of {format_size(self.size)}{closed}>"
 
     def _open_mapping(self) -> _Mapping:
         if self._mapping is None:
@@ -307,7 +318,14 @@ def _threads() -> int:
     return len(os.listdir("/proc/self/task")) - clients.own_threads()
 
 
-def _check_resident(limit: int) -> int:
+def check_size(size: int | str) -> int:
+    """A region's size in whole pages; raises ConfigError."""
+    return _parse("size", size)
+
+
+def check_resident(resident: int | str, size: int) -> int:
+    """The budget in bytes of a region of `size` bytes; raises ConfigError."""
+    limit = _parse("resident", resident, size)
     threads = _threads()
     least = (PAGES_MIN + PAGES_PER_THREAD * threads) * PAGE
     if limit < least:
@@ -315,7 +333,7 @@ def _check_resident(limit: int) -> int:
             f"resident: {format_size(limit)} is below the minimum of {format_size(least)} (1MiB, "
             f"and 32KiB for each of the {threads} threads)"
         )
-    return limit
+    return min(limit, max(size, least))
 
 
 def _map_memory(size: int) -> tuple[_Mapping, int]:

@@ -258,6 +258,24 @@ def test_stacks_that_do_not_read(url: str, position: int, said: str) -> None:
     assert error.pointer() == f"{url}\n{' ' * position}^"
 
 
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("ram", "'ram:lz4' or 'ram:zstd'"),
+        ("zstd", "'ram:zstd'"),
+        ("zst", "'ram:zstd'"),
+        ("memory", "'memory:'"),
+        ("ram?limit=1GiB", None),
+        ("floppy", None),
+    ],
+)
+def test_a_bare_word_is_told_the_whole_url(word: str, meant: str | None) -> None:
+    examples = ("ram:lz4", "ram:zstd", "memory:")
+    error = refusal(lambda: parse_store_url(word, stores=STORES, examples=examples))
+    assert (f"did you mean {meant}?" in str(error)) == (meant is not None), error
+    assert meant or "lacks its colon" in str(error)
+
+
 def test_without_names_any_name_will_do() -> None:
     assert parse_store_url("a::b:c").filters == (LayerSpec("a"),)
 

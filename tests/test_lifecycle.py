@@ -23,9 +23,8 @@ memory = region.memory
 memory[0] = 1
 region.close()
 region.close()
-with region:
-    pass
 for use in (
+    region.__enter__,
     lambda: region.memory, region.stats, lambda: region.resize_resident("2MiB"), region.flush,
     lambda: region.prefetch(0, 4096), lambda: region.discard(0, 4096),
 ):

@@ -204,6 +204,7 @@ with make() as a, make() as b, make("table") as c, make("table") as d:
     assert a.name != b.name and a.name.startswith("region-"), (a.name, b.name)
     assert c.name == d.name == c.stats().name == "table"
     assert repr(c) == "<userswap.Region 'table' of 1MiB>", repr(c)
+assert repr(c) == "<userswap.Region 'table' of 1MiB, closed>", repr(c)
 for name in ("", "two\\nlines", "x" * 129, 5):
     try:
         make(name)
@@ -211,6 +212,53 @@ for name in ("", "two\\nlines", "x" * 129, 5):
         assert "name=" in str(error)
     else:
         raise AssertionError(name)
+""")
+
+
+def test_a_region_is_not_copied() -> None:
+    good("""
+import copy, pickle, userswap
+with userswap.Region("1MiB", resident="2MiB") as region:
+    for again in (copy.copy, copy.deepcopy, pickle.dumps, lambda region: copy.deepcopy([region])):
+        try:
+            again(region)
+        except TypeError as error:
+            assert "copy the bytes" in str(error), error
+        else:
+            raise AssertionError(again)
+    region.memory[0] = 1
+""")
+
+
+def test_a_closed_region_is_not_entered() -> None:
+    good("""
+import userswap
+region = userswap.Region("1MiB", resident="2MiB", name="done")
+region.close()
+try:
+    with region:
+        raise AssertionError("entered")
+except ValueError as error:
+    assert "'done' is closed" in str(error), error
+""")
+
+
+def test_a_budget_over_the_size_is_the_size() -> None:
+    good("""
+import userswap
+MIB = 1 << 20
+for resident in ("1GiB", 5 * MIB, "100%"):
+    with userswap.Region("4MiB", resident=resident) as region:
+        assert region.resident == region.stats().resident_limit == 4 * MIB
+        region.memory[:] = b"x" * region.size
+        region.resize_resident("2MiB")
+        region.resize_resident("8MiB")
+        assert region.resident == region.stats().resident_limit == 4 * MIB
+        assert bytes(region.memory) == b"x" * region.size
+with userswap.Region("64KiB", resident="1GiB") as region:
+    assert MIB < region.resident == region.stats().resident_limit < 2 * MIB  # the minimum
+    region.memory[:] = b"y" * region.size
+    assert region.stats().resident_bytes == region.size
 """)
 
 
