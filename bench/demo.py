@@ -8,6 +8,7 @@ own. What is called saved has everything deducted that userswap holds, the pager
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import random
 from collections.abc import Callable
@@ -17,16 +18,21 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import userswap
-from userswap.backends import grammar
+from userswap.backends import grammar, registry
+from userswap.backends.store import Geometry, StoreError
 from userswap.bench import corpus, sorting
+from userswap.bench.arguments import whole_number
 from userswap.bench.progress import Progress
 from userswap.engine import machine, probe
 from userswap.engine.errors import ConfigError, UnsupportedError
+from userswap.engine.region import check_resident, check_size
 from userswap.engine.stats import Latency, RegionStats
 
 SCHEMA = "userswap.demo/1"
 PAGE = probe.PAGE_SIZE
 MIB = 1 << 20
+SEED_MAX = (1 << 64) - 1
+STORES_OF_MEMORY = ("memory", "ram")
 USABLE_SHARE = 0.75
 """Of the free memory: data that does not compress takes a quarter more than its size."""
 
@@ -107,7 +113,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--store", default="ram:zstd", help="URL of the store (default: %(default)s)"
     )
     parser.add_argument(
-        "--seed", type=seed_number, default=1, help="of the random order (default: 1)"
+        "--seed",
+        type=whole_number(0, SEED_MAX),
+        default=1,
+        help="of the random order (default: 1)",
     )
 
 
@@ -122,27 +131,24 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if outcome.lost == 0 else 1
 
 
-def seed_number(text: str) -> int:
-    """For argparse: a seed that every generator takes."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{number} is negative")
-    return number
-
-
 def make_plan(size: str, resident: str, store: str, seed: int, roots: list[Path]) -> Plan:
-    """Raises UnsupportedError where the kernel refuses all service."""
+    """What can be wrong with the arguments is found before the search for files, which takes long.
+
+    Raises UnsupportedError where the kernel refuses all service.
+    """
+    wanted = check_size(size)
+    affordable = int(machine.memory().usable * USABLE_SHARE)
+    capacity = min(wanted, affordable)
+    check_resident(resident, capacity)
+    _check_store(store, capacity)
     service = probe.service_level(probe.gather())
     if service.level == "none":
         raise UnsupportedError(f"{service.reason}; {service.remedy}")
     notes = []
     if service.level == "user_mode_only":
         notes.append(f"serving user-mode faults only: {service.reason}; {service.remedy}")
-    wanted = grammar.parse_size(size)
-    affordable = int(machine.memory().usable * USABLE_SHARE)
     if wanted > affordable:
         notes.append(f"{size} asked for, but memory allows {grammar.format_size(affordable)}")
-    capacity = min(wanted, affordable)
     progress = Progress(lambda: "found")
     progress.begin("files", capacity)
     candidates = corpus.choose(roots, capacity, progress.advance)
@@ -156,12 +162,30 @@ def make_plan(size: str, resident: str, store: str, seed: int, roots: list[Path]
     return Plan(
         candidates=tuple(candidates),
         size=rounded,
-        resident=grammar.parse_size(resident, whole=rounded) // PAGE * PAGE,
+        resident=check_resident(resident, rounded),
         store=store,
         seed=seed,
         user_mode_only=service.level == "user_mode_only",
         notes=tuple(notes),
     )
+
+
+def _check_store(url: str, size: int) -> None:
+    """Raises ConfigError for a URL that does not read, or whose store of memory cannot be opened.
+
+    Other stores are opened by the pager alone: it may leave traces on their media.
+    """
+
+    async def open_once() -> None:
+        store = await registry.open_stack(url, Geometry(size // PAGE))
+        await store.aclose()
+
+    try:
+        stack = registry.parse(url)
+        if not stack.filters and stack.store.name in STORES_OF_MEMORY:
+            asyncio.run(open_once())
+    except (grammar.GrammarError, StoreError) as error:
+        raise ConfigError(f"store '{url}': {error}") from None
 
 
 def demonstrate(plan: Plan, open_region: OpenRegion) -> Outcome:
@@ -326,13 +350,18 @@ def _memory_rows(size: int, stats: RegionStats) -> list[tuple[str, str]]:
     used = held(stats)
     total = sum(used.values())
     parts = " + ".join(f"{name} {grammar.format_size(part)}" for name, part in used.items() if part)
-    saved = f"{grammar.format_size(size - total)} of {grammar.format_size(size)}"
+    saved = f"none: the data takes {grammar.format_size(size)}"
+    if total < size:
+        share = 100 * (size - total) / size
+        saved = (
+            f"{grammar.format_size(size - total)} of {grammar.format_size(size)} ({share:.0f} %)"
+        )
     served = {"native faults": stats.native_latency, "awaited faults": stats.awaited_latency}
     return [
         *((name, _latency(latency)) for name, latency in served.items() if latency.count),
         ("compression", f"{stats.ratio:.2f} : 1"),
         ("memory held", f"{grammar.format_size(total)} = {parts}"),
-        ("memory saved", f"{saved} ({100 * (size - total) / size:.0f} %)"),
+        ("memory saved", saved),
         ("pager CPU", f"{stats.pager_cpu_seconds:.1f} s"),
     ]
 

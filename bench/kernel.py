@@ -21,6 +21,7 @@ from typing import NoReturn
 
 from userswap.backends.grammar import GrammarError, format_size, parse_size
 from userswap.bench import baseline, idle, sample
+from userswap.bench.arguments import whole_number
 from userswap.bench.baseline import RefusalError, Rig
 from userswap.bench.cases import AGAINST_BARE, AGAINST_KERNEL, CASES, Case
 from userswap.bench.journal import BusyError, Journal
@@ -41,6 +42,8 @@ GROUPS: dict[str, tuple[Case, ...]] = {
 }
 QUICK_SIZE, QUICK_REPETITIONS = "128MiB", 2
 FULL_SIZE, FULL_REPETITIONS = "512MiB", 5
+REPETITIONS_MAX = 1000
+"""Days of measuring: more is a slip of the hand."""
 CANNOT = 3
 
 
@@ -65,7 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resident", default="50%", help="of it uncompressed, at most (default: 50%%)"
     )
     parser.add_argument(
-        "--repetitions", type=_positive, help=f"of each case (default: {FULL_REPETITIONS})"
+        "--repetitions",
+        type=whole_number(1, REPETITIONS_MAX),
+        help=f"of each case (default: {FULL_REPETITIONS})",
     )
     parser.add_argument(
         "--cases",
@@ -93,13 +98,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=f"{QUICK_SIZE} and {QUICK_REPETITIONS} repetitions: a look, not a measurement",
     )
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
 
 
 def run(arguments: argparse.Namespace) -> int:

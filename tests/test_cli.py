@@ -64,6 +64,13 @@ def test_usage_errors_are_2(arguments: list[str]) -> None:
     assert child.stdout == ""
 
 
+@pytest.mark.parametrize("number", ["0", "-3", "x", "1.5", "1001", "9" * 5000])
+def test_a_number_out_of_bounds_is_told_in_the_users_words(number: str) -> None:
+    child = userswap_command("bench", "kernel", f"--repetitions={number}")
+    assert child.returncode == 2
+    assert f"--repetitions: '{number}' is not an integer from 1 to 1000" in child.stderr
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [

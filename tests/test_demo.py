@@ -8,13 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from support import run_child
 from userswap.bench import corpus, sorting
+from userswap.bench.demo import Outcome, Plan, as_text
 from userswap.bench.progress import Progress
+from userswap.engine.stats import Latency, RegionStats
 
 PAGE = 4096
 
@@ -160,14 +163,45 @@ sys.exit(main(["demo", "--size", "8MiB"]))
         (["--size", "1GB"], "GiB"),
         (["--size", "8MiB", "--store", "rom:"], "unknown store 'rom'"),
         (["--size", "8MiB", "--resident", "0"], "resident"),
-        (["--size", "0"], "no file fits"),
+        (["--size", "8MiB", "--resident", "1%"], "below the minimum"),
+        (["--size", "8MiB", "--store", "ram:lz4?limit=1KiB"], "limit"),
+        (["--size", "8MiB", "--store", "zstd"], "did you mean 'ram:zstd'?"),
+        (["--size", "0"], "more than 0"),
     ],
 )
-def test_what_cannot_be_is_exit_code_2(arguments: list[str], message: str) -> None:
+def test_what_cannot_be_is_exit_code_2_before_any_work(arguments: list[str], message: str) -> None:
     child = demo(*arguments)
     assert child.returncode == 2, child.stderr
-    assert child.stderr.splitlines()[-1].startswith("userswap: ")
+    assert child.stderr.startswith("userswap: ")
+    assert child.stderr.count("\n") == 1
     assert message in child.stderr
+
+
+@pytest.mark.parametrize("seed", ["-1", "x", "9" * 5000])
+def test_a_seed_that_cannot_be_is_told_in_the_users_words(seed: str) -> None:
+    child = demo("--seed", seed)
+    assert child.returncode == 2
+    assert "--seed: " in child.stderr
+    assert "is not an integer from 0 to" in child.stderr
+
+
+def held_stats(resident: int) -> RegionStats:
+    latency = Latency(0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    zero = dict.fromkeys((field.name for field in fields(RegionStats)), 0)
+    changed = {"native_latency": latency, "awaited_latency": latency, "resident_bytes": resident}
+    return RegionStats(**{**zero, **changed})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("held", "saved"),
+    [(3 << 20, "5MiB of 8MiB (62 %)"), (8 << 20, "none: the"), (9 << 20, "none: the")],
+)
+def test_only_what_was_saved_is_called_saved(held: int, saved: str) -> None:
+    plan = Plan((), 8 << 20, 2 << 20, "ram:", 1, user_mode_only=False, notes=())
+    text = as_text(plan, Outcome(files_stats=held_stats(held)))
+    row = next(line for line in text.splitlines() if line.startswith("memory saved"))
+    assert row.removeprefix("memory saved").strip().startswith(saved)
+    assert "-" not in row
 
 
 def pagers_of(pid: int) -> list[int]:
