@@ -3,13 +3,15 @@
 A command is a module with `add_arguments(parser)` and `run(arguments) -> int`, imported only when
 it is the one asked for: `userswap --help` must not wait for the C core. All have `--json`.
 
-Exit codes: 0 good, 1 what was checked is bad, 2 usage, 3 this machine cannot, 130 and 143 on SIGINT
-and SIGTERM, after clean-up.
+Exit codes: 0 good, 1 what was checked is bad, 2 usage, 3 this machine cannot (or standard output
+takes nothing: closed, or the disk is full), 130 and 143 on SIGINT and SIGTERM, after clean-up, 141
+when the reader of our output has left.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import signal
@@ -18,7 +20,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 import userswap
 from userswap.engine.errors import ConfigError, UnsupportedError, UserswapError
@@ -38,8 +40,9 @@ examples:
   userswap bench kernel --json > result.json
   userswap COMMAND --help                all options of one command, with examples
 
-exit codes: 0 good; 1 what was checked is bad; 2 usage; 3 this machine cannot;
-            130 and 143 after SIGINT and SIGTERM
+exit codes: 0 good; 1 what was checked is bad; 2 usage; 3 this machine cannot, or
+            standard output takes nothing; 130, 141 and 143 after SIGINT, SIGPIPE
+            and SIGTERM
 """
 
 
@@ -121,30 +124,93 @@ def _add(commands: Any, command: Command, wanted: bool) -> None:
         parser.set_defaults(run=module.run)
 
 
+class _OutputError(Exception):
+    """Standard output does not take what is printed; any other OSError is something else's."""
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(f"standard output cannot be written: {cause.strerror}")
+        # 1 would speak of what was checked; whoever read from a pipe and left knows it.
+        self.code = PIPE_CLOSED if isinstance(cause, BrokenPipeError) else UNSUPPORTED
+
+
+class _Output:
+    """Standard output, its errors told from all others."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            raise _OutputError(error) from None
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            raise _OutputError(error) from None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def guard(command: Callable[[], int]) -> int:
     """Run a command with its signals and errors turned into exit codes."""
+    if sys.stdout is None:  # closed by whoever started us; found out before any work
+        _say("standard output is closed")
+        return UNSUPPORTED
+    stdout = _Output(sys.stdout)
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = command()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("userswap: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has left; the interpreter's last flush must not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.redirect_stdout(cast(TextIO, stdout)):
+            code = _run(command)
+            stdout.flush()
+    except _OutputError as error:
+        if error.code != PIPE_CLOSED:
+            _say(str(error))
+        _forget_output(sys.stdout)
+        return error.code
+    except BrokenPipeError:  # the reader of standard error has left
+        _forget_output(sys.stderr)
         return PIPE_CLOSED
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return code
+
+
+def _forget_output(stream: TextIO) -> None:
+    """What is left in a buffer is flushed again at the interpreter's end, which must be quiet."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def _run(command: Callable[[], int]) -> int:
+    try:
+        return command()
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return INTERRUPTED
     except SystemExit as leaving:  # argparse has printed its help or a usage error, or SIGTERM
         return leaving.code if isinstance(leaving.code, int) else USAGE_ERROR
+    except _OutputError:
+        raise
     except Exception as error:
         failure = exit_code(error)
         if failure is None:
             raise
-        print(f"userswap: {error}", file=sys.stderr)
+        _say(str(error))
         return failure
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    return code
+
+
+def _say(line: str) -> None:
+    """Tell the user, where there is a standard error that takes it."""
+    if sys.stderr is None:
+        return
+    try:
+        print(f"userswap: {line}", file=sys.stderr, flush=True)
+    except OSError:
+        _forget_output(sys.stderr)
 
 
 def exit_code(error: Exception) -> int | None:

@@ -1,6 +1,7 @@
 """The command line: help, usage errors, exit codes, signals; what commands do is elsewhere."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -132,6 +133,75 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         )
     assert child.returncode == 141
     assert child.stderr == ""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["doctor"], ["doctor", "--json"], ["--help"], ["--version"]])
+def test_output_that_finds_no_room_is_one_line(arguments: list[str], unbuffered: str) -> None:
+    with open("/dev/full", "w") as stdout:
+        child = subprocess.run(
+            [*COMMAND, *arguments],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+    assert child.returncode == 3
+    said = "userswap: standard output cannot be written: No space left on device\n"
+    assert child.stderr == said
+
+
+def test_more_output_than_a_buffer_holds_finds_no_room() -> None:
+    code = (
+        "import sys; from userswap.engine import cli;"
+        "sys.exit(cli.guard(lambda: print('x' * 99999)))"
+    )
+    with open("/dev/full", "w") as stdout:
+        child = subprocess.run(
+            [sys.executable, "-c", code],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert (child.returncode, child.stderr.count("\n")) == (3, 1), child.stderr
+
+
+@pytest.mark.parametrize(
+    ("redirections", "code", "said"),
+    [
+        (">&-", 3, "userswap: standard output is closed\n"),
+        (">&- 2>&-", 3, ""),
+        (">/dev/full 2>/dev/full", 3, ""),
+        ("2>&-", None, ""),
+    ],
+)
+def test_closed_standard_streams(redirections: str, code: int | None, said: str) -> None:
+    line = f"{shlex.join(COMMAND)} doctor {redirections}"
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    child = subprocess.run(
+        ["sh", "-c", line], capture_output=True, text=True, timeout=60, env=buffered
+    )
+    assert child.returncode == code or (code is None and child.returncode in (0, 1, 3))
+    assert child.stderr == said
+
+
+def test_both_streams_in_a_pipe_whose_reader_leaves(tmp_path: Path) -> None:
+    status = tmp_path / "status"
+    line = (
+        f"({shlex.join(COMMAND)} demo --size 8MiB; echo $? >{status}) 2>&1 | head -c 1 >/dev/null"
+    )
+    subprocess.run(["sh", "-c", line], timeout=60, check=True)
+    assert status.read_text() == "141\n"
+
+
+def test_an_error_of_our_own_is_no_full_disk() -> None:
+    def fail() -> int:
+        raise OSError(5, "of our own")
+
+    with pytest.raises(OSError, match="of our own"):
+        cli.guard(fail)
 
 
 def test_the_console_script_is_the_same_command() -> None:
