@@ -14,8 +14,9 @@ import itertools
 import json
 import os
 import socket
+import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -25,6 +26,20 @@ MESSAGE_MAX = 65536
 DESCRIPTORS_MAX = 8
 
 Message = dict[str, Any]
+
+
+def close_all(descriptors: Iterable[int]) -> None:
+    """Close descriptors that nobody takes."""
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def peer(connection: socket.socket) -> int:
+    """The process at the other end, as the kernel knows it."""
+    credentials = struct.Struct("3i")  # struct ucred: process, user, group
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
+    pid: int = credentials.unpack(raw)[0]
+    return pid
 
 
 def send(connection: socket.socket, message: Message, descriptors: Sequence[int] = ()) -> None:
@@ -53,8 +68,7 @@ def receive(connection: socket.socket) -> tuple[Message | None, list[int]]:
     try:
         return _understand(payload, flags), descriptors
     except (ValueError, RecursionError) as error:
-        for descriptor in descriptors:
-            os.close(descriptor)
+        close_all(descriptors)
         raise PagerError(f"a control message cannot be understood: {error}") from None
 
 
@@ -74,9 +88,22 @@ class Pending:
 
     def __init__(self) -> None:
         self._answers: SimpleQueue[tuple[Message, list[int]] | PagerError] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._given_up = False
 
     def settle(self, answer: tuple[Message, list[int]] | PagerError) -> None:
-        self._answers.put(answer)
+        with self._lock:
+            if not self._given_up:
+                self._answers.put(answer)
+            elif not isinstance(answer, PagerError):
+                close_all(answer[1])
+
+    def _give_up(self) -> None:
+        """Nobody will wait any more: the descriptors of an answer that comes late are closed."""
+        with self._lock:
+            self._given_up = True
+        with contextlib.suppress(Empty):
+            self.settle(self._answers.get_nowait())
 
     def wait(self, timeout: float | None = None) -> Message:
         """The answer, whose descriptors come as "descriptors".
@@ -86,8 +113,11 @@ class Pending:
         """
         try:
             answer = self._answers.get(timeout=timeout)
-        except Empty:
-            raise PagerError(f"the pager has not answered for {timeout:g} s") from None
+        except BaseException as error:
+            self._give_up()
+            if isinstance(error, Empty):
+                raise PagerError(f"the pager has not answered for {timeout:g} s") from None
+            raise
         if isinstance(answer, PagerError):
             try:
                 raise answer
@@ -95,8 +125,7 @@ class Pending:
                 del answer  # an error that refers to itself would hold what its callers hold
         message, descriptors = answer
         if not message.get("ok"):
-            for descriptor in descriptors:
-                os.close(descriptor)
+            close_all(descriptors)
             raise from_kind(str(message.get("kind")), str(message.get("error")))
         message["descriptors"] = descriptors
         return message
@@ -183,8 +212,7 @@ class Caller:
         if type(number) is int and number in self._waiting:  # True is no number, though it equals 1
             self._waiting.pop(number).settle((message, descriptors))
             return
-        for descriptor in descriptors:
-            os.close(descriptor)
+        close_all(descriptors)
 
     def _end(self, why: str) -> None:
         # First the reason, then those who wait: who comes later sees the reason.

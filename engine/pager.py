@@ -21,9 +21,10 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Iterable
 
 from userswap.backends.store import StoreError
-from userswap.engine.control import Message, receive, send
+from userswap.engine.control import Message, close_all, peer, receive, send
 from userswap.engine.errors import PagerError, UserswapError
 from userswap.engine.served import ClientService, OpenRegion
 
@@ -38,6 +39,8 @@ class Connection:
         self._socket = connection
         self._service: ClientService | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._unclaimed: set[int] = set()
+        """Descriptors that came and that no operation has taken."""
         self._pidfd = -1
         self.ended = asyncio.Event()
 
@@ -56,6 +59,7 @@ class Connection:
         if message is None:
             self.ended.set()
             return
+        self._unclaimed.update(descriptors)
         task = asyncio.get_running_loop().create_task(self._answer(message, descriptors))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -64,6 +68,8 @@ class Connection:
         answer: Message = {"id": request.get("id"), "ok": True}
         outgoing: list[int] = []
         try:
+            if request.get("op") != "hello":
+                self._refuse(descriptors)
             result, outgoing = await self._perform(str(request.get("op")), request, descriptors)
             answer.update(result)
         except UserswapError as error:
@@ -77,6 +83,8 @@ class Connection:
         except Exception as error:
             log.exception("%s", request.get("op"))
             answer.update(ok=False, kind="error", error=f"{request.get('op')}: {error!r}")
+        finally:
+            self._refuse(descriptors)
         while not self.ended.is_set():
             try:
                 send(self._socket, answer, outgoing)
@@ -91,8 +99,6 @@ class Connection:
     ) -> tuple[Message, list[int]]:
         if operation == "hello":
             return self._hello(request, descriptors)
-        for descriptor in descriptors:
-            os.close(descriptor)
         service = self._service
         if service is None:
             raise UserswapError("hello comes first")
@@ -148,11 +154,22 @@ class Connection:
     def _hello(self, request: Message, descriptors: list[int]) -> tuple[Message, list[int]]:
         if self._service is not None or len(descriptors) != 1:
             raise UserswapError("hello comes once, with one userfaultfd")
+        pid = peer(self._socket)
+        if request["pid"] != pid:
+            # Memory is read, and the client's end is seen, by this number.
+            raise UserswapError(f"hello: this is process {pid}, not {request['pid']!r}")
         self._service = ClientService(descriptors[0], request)
+        self._unclaimed.difference_update(descriptors)
         # A child of the client may hold its socket open: only the pidfd tells that it has ended.
         self._pidfd = os.pidfd_open(self._service.pid)
         asyncio.get_running_loop().add_reader(self._pidfd, self.ended.set)
         return {}, self._service.descriptors()
+
+    def _refuse(self, descriptors: Iterable[int]) -> None:
+        """Close those that no operation has taken."""
+        unclaimed = self._unclaimed.intersection(descriptors)
+        self._unclaimed -= unclaimed
+        close_all(unclaimed)
 
     async def close(self) -> None:
         loop = asyncio.get_running_loop()
@@ -164,6 +181,7 @@ class Connection:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        self._refuse(self._unclaimed)  # of tasks that were cancelled before they began
         if self._service is not None:
             await self._service.end()
         self._socket.close()

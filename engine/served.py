@@ -63,11 +63,11 @@ class ClientService:
         self.uffd = uffd
         self.fault_path = str(hello["fault_path"])
         self.pid = int(hello["pid"])
+        self.placement = int(hello["placement"])
         out = ffi.new("struct us_client **")
         features, canary = int(hello["features"]), int(hello["canary"])
         check(lib.us_client_create(out, uffd, self.pid, features, 0, canary))
         self.native = out[0]
-        self.placement = int(hello["placement"])
         self.loop = FaultLoop(self.native, every_fault=self.fault_path == "asyncio", uffd=uffd)
         self.evictor = Evictor(self.native, self.loop)
         self.regions: dict[int, OpenRegion] = {}

@@ -241,6 +241,30 @@ def test_a_wait_has_an_end_where_one_is_given(caller: Caller) -> None:
     assert not caller.ended
 
 
+@pytest.mark.parametrize("late", [True, False])
+def test_an_answer_that_comes_too_late_leaves_no_descriptor(
+    pair: Pair, caller: Caller, late: bool
+) -> None:
+    before = open_descriptors()
+    reading, writing = os.pipe()
+    pending = caller.begin("wait")
+    if late:
+        with pytest.raises(PagerError, match="not answered for"):
+            pending.wait(timeout=0.01)
+    request, _ = receive(pair[1])
+    assert request is not None
+    send(pair[1], {"id": request["id"], "ok": late}, [reading, writing])
+    if not late:
+        with pytest.raises(UserswapError):
+            pending.wait()
+    thread = in_background(answer, pair[1])
+    caller.call("look")  # whose answer comes after
+    thread.join()
+    os.close(reading)
+    os.close(writing)
+    assert open_descriptors() == before
+
+
 def test_close_ends_the_receiving_thread(pair: Pair) -> None:
     before = threading.active_count()
     pair[0].settimeout(None)
