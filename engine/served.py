@@ -51,7 +51,7 @@ class OpenRegion(Served):
         self.pages = pages
         self.table_base = base
         self.pool = pool
-        self.closing = False
+        self.closing = self.detached = False
         self.operations = Pending()
         """Requests that loop over the region."""
 
@@ -193,6 +193,7 @@ class ClientService:
         region = self.regions[number]
         await self.quiesce(region)
         lib.us_region_detach(region.handle, unmapped)
+        region.detached = True
         self.loop.drain()  # a fault that came before it was detached
         await self.quiesce(region)
         check(lib.us_region_free(region.handle))
@@ -333,8 +334,16 @@ class ClientService:
         self.loop.detach()
         await self.loop.cancel()
         await self.evictor.cancel()
-        for store in {id(region.store): region.store for region in self.regions.values()}.values():
-            await store.aclose()
+        for region in self.regions.values():
+            if region.detached:  # its close was cancelled, and the native client knows it no more
+                check(lib.us_region_free(region.handle))
+        for store, url in {region.store: region.url for region in self.regions.values()}.items():
+            try:
+                await store.aclose()
+            except StoreError as error:
+                log.warning("store %s: %s", url, error)
+        # Only now: a store's buffers may be the client's memory. The table may take a while.
+        await asyncio.to_thread(lib.us_client_destroy, self.native)
         os.close(self.uffd)
 
 

@@ -154,6 +154,14 @@ static int start_thread(pthread_t *thread, void *(*body)(void *), struct us_clie
     return rc;
 }
 
+/* The server's buffer is its thread's own: made before the first fault, and given back by nobody else. */
+static void *serve_to_the_end(void *client) {
+    uint8_t *buffer = us_run_buffer();
+    us_server_main(client);
+    munmap(buffer, US_RUN_MAX * US_PAGE);
+    return NULL;
+}
+
 int us_client_start(struct us_client *client, int native_server, int placement) {
     client->placement = placement;
     int rc = start_thread(&client->worker, us_worker_main, client);
@@ -166,7 +174,7 @@ int us_client_start(struct us_client *client, int native_server, int placement) 
     client->helper_runs = true;
     if (native_server) {
         client->server_runs = true;
-        rc = start_thread(&client->server, us_server_main, client);
+        rc = start_thread(&client->server, serve_to_the_end, client);
         if (rc)
             client->server_runs = false;
     }
@@ -194,8 +202,17 @@ void us_client_stop(struct us_client *client) {
     client->server_runs = client->worker_runs = client->helper_runs = false;
 }
 
-/* After us_client_stop and the close of every region. */
+/* After us_client_stop, once the loop has nothing under way and the pools have ended.  Regions that were not closed go too, with what
+ * the agent or the store had of them. */
 void us_client_destroy(struct us_client *client) {
+    for (uint32_t i = 0; i < US_BATCHES; i++)
+        if (atomic_load(&client->batch[i].state) != US_BATCH_FREE)
+            us_batch_free(&client->batch[i]);
+    while (client->regions) {
+        struct us_region *region = client->region[--client->regions];
+        region->pool = NULL;
+        us_region_free(region);
+    }
     if (client->table)
         munmap(client->table, US_TABLE_SLOTS * sizeof(us_word));
     if (client->channel)
