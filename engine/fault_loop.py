@@ -83,6 +83,17 @@ class Served:
         """The store's index of the region's first page."""
         self.transfers = Pending()
         """Reads and writes of the store under way."""
+        self.fills: dict[asyncio.Task[None], range] = {}
+        """The reads, each with the pages that it brings."""
+
+    async def filled(self, first: int, count: int) -> None:
+        """Return when the reads have ended that are under way for pages of a range."""
+        end = first + count
+        mine = [
+            task for task, run in self.fills.items() if max(first, run.start) < min(end, run.stop)
+        ]
+        if mine:
+            await asyncio.wait(mine)
 
 
 class FaultLoop:
@@ -128,14 +139,14 @@ class FaultLoop:
                 copy = ffi.new("struct us_miss *", miss)
                 region = self.region(miss.region)
                 region.transfers.begin()
-                self._keep(start(self._fill(region, copy)))
+                task = start(self._fill(region, copy))
+                if not task.done():
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
+                    region.fills[task] = range(copy.first, copy.first + copy.count)
+                    task.add_done_callback(region.fills.pop)
             if count < MISSES_PER_DRAIN:
                 return
-
-    def _keep(self, task: asyncio.Task[None]) -> None:
-        if not task.done():
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
 
     async def _fill(self, region: Served, miss: Any) -> None:
         ticket = int(miss.ticket)

@@ -234,7 +234,11 @@ class ClientService:
             delay = min(delay * 2, POLL_MAX_S)
 
     async def prefetch(self, region: OpenRegion, first: int, count: int) -> int:
-        """Bring pages in while there is room; returns the pages dealt with."""
+        """Bring pages in while there is room; returns the pages dealt with.
+
+        It waits for its own pages alone, and for a chunk of them before it asks for the next: a
+        fault's read of the store is not to queue behind thousands that nobody sleeps for.
+        """
         if first < 0 or count < 0 or first + count > region.pages:
             raise ConfigError(f"pages {first}+{count} are outside the region's {region.pages}")
         report = ffi.new("struct us_report *")
@@ -242,14 +246,15 @@ class ClientService:
         count = min(count, report.limit // PAGE * 3 // 4)  # more would evict what it brought
         done, tries = 0, 0
         while done < count and tries < PREFETCH_TRIES:
-            step = lib.us_region_prefetch(region.handle, first + done, min(CHUNK, count - done))
+            at = first + done
+            step = lib.us_region_prefetch(region.handle, at, min(CHUNK, count - done))
             if step < 0:
                 raise ConfigError(f"region {region.name!r} is being closed")
             done += step
             tries = 0 if step else tries + 1
             self.loop.drain()
+            await region.filled(at, step)
             await asyncio.sleep(0 if step else POLL_MAX_S)
-        await region.transfers.settled()
         return done
 
     async def flush(self, region: OpenRegion) -> None:
