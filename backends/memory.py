@@ -64,7 +64,9 @@ class MemoryStore(Store):
 
     async def discard(self, index: int, count: int) -> None:
         self._check_open()
-        for page in pages_between(self, index, count):
+        pages = pages_between(self, index, count)
+        few = [page for page in self._pages if page in pages] if len(self._pages) < count else pages
+        for page in few:
             self._pages.pop(page, None)
 
     async def flush(self) -> None:

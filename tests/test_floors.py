@@ -48,8 +48,10 @@ FLOORS = {
 }
 # What everybody may know of backends/: the interface, the grammar, who finds the rest, volumes.
 SEAM = {f"userswap.backends{name}" for name in ("", ".store", ".grammar", ".registry", ".volume")}
-# What stores may know of each other: how values are encoded, where filters keep bytes per page.
+# What stores may know of each other: how values are encoded, where filters keep bytes per page;
+# and the parts of volumes of each other.
 SHARED = {f"userswap.backends.{name}" for name in ("values", "filters", "filters.tail")}
+SHARED |= {f"userswap.backends.{name}" for name in ("medium", "ranges", "superblock")}
 IMPURE = {"asyncio", "os", "random", "socket", "subprocess", "threading", "time"}
 
 
