@@ -14,6 +14,7 @@ from userswap.backends.store import (
     Run,
     Store,
     StoreFailedError,
+    TransientError,
     pages_between,
     pages_of,
 )
@@ -64,7 +65,8 @@ class Medium:
 
 
 class CrashStore(Store):
-    """Works for so many operations, then for none; see `Medium` for what is left."""
+    """Works for so many operations, then for none; see `Medium` for what is left. A share `flaky`
+    of them fails, before or after they did what they were asked."""
 
     durable = True
 
@@ -73,6 +75,7 @@ class CrashStore(Store):
         self.page_count = medium.page_count
         self.medium = medium
         self._left = operations
+        self.flaky = 0.0
         self.discarded: list[tuple[int, int]] = []
         self.writes = 0
         self.flushes = 0
@@ -84,6 +87,8 @@ class CrashStore(Store):
         self._left -= 1
         if self._left < 0 or (last and self._left == 0):
             raise StoreFailedError("has crashed", store="crash")
+        if self.medium.rng.random() < self.flaky:
+            raise TransientError("not now", store="crash")
 
     async def read(self, runs: Sequence[Run]) -> None:
         await self._operation()
