@@ -251,7 +251,7 @@ async def test_what_an_earlier_attempt_left_in_the_table_is_not_believed() -> No
     for number in (0, 1):
         left = TablePage(volume.uuid, number, 9, [ghost]).pack(PAGE)
         medium.safe.update({2 + 2 * number: left, 3 + 2 * number: left})
-    extents = []
+    extents: list[Extent] = []
     for upto in (1, 32):  # one entry alone in the first page of the table, and in the second
         extents += [await volume.allocate("real", 1) for _ in range(len(extents), upto)]
         assert set((await opened(medium)).stale) == set(extents)
