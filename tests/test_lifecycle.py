@@ -138,6 +138,15 @@ keep.close()
 """)
 
 
+def test_the_end_does_not_mind_a_region_that_has_just_gone() -> None:
+    good("""
+import userswap
+from userswap.engine import client
+region = userswap.Region("1MiB", resident="2MiB")
+client._client.regions[999] = (0, 0)  # closed by the time that the pager is asked
+""")
+
+
 def test_opening_closing_and_asking_at_once() -> None:
     good("""
 import os, random, threading, time, userswap
