@@ -146,7 +146,7 @@ def open_store(layer: LayerSpec, geometry: Geometry) -> Store:
         raise layer.error(unknown_name("codec", codec, codecs.NAMES))
     page_count = geometry.page_count or PAGES_MAX * PAGE_SIZE // geometry.page_size
     options = Options(layer)
-    limit = options.size("limit", default=None, whole=page_count * geometry.page_size)
+    limit = options.size("limit", default=None, whole=geometry.bytes)
     level = LZ4_ACCELERATION
     if codec == "zstd":
         low, high = ZSTD_LEVELS

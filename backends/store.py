@@ -48,6 +48,11 @@ class Geometry:
         if self.page_count is not None and not 0 < self.page_count <= PAGES_MAX:
             raise ValueError(f"{self.page_count} pages: 1 to {PAGES_MAX} are possible")
 
+    @property
+    def bytes(self) -> int | None:
+        """All pages together, where their number is given."""
+        return None if self.page_count is None else self.page_count * self.page_size
+
 
 @dataclass(frozen=True, slots=True)
 class Run:

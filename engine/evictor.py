@@ -15,6 +15,7 @@ from typing import Any
 
 from userswap.backends.store import Run, StoreError, StoreFullError, TransientError
 from userswap.engine.fault_loop import FaultLoop, Served, cancel_all, start
+from userswap.engine.gate import Urgency
 from userswap.native import ffi, lib
 
 log = logging.getLogger("userswap.pager")
@@ -51,6 +52,11 @@ class Evictor:
     async def _write(self, region: Served, number: int, report: Any) -> None:
         accepted, full = 0, False
         try:
+            await region.gate.enter(Urgency.WRITE_BACK)
+        except asyncio.CancelledError:
+            self._done(region, number, 0, False)
+            raise
+        try:
             runs = _runs(region, report)
             if await self._accepted(region, [run for run, _ in runs]):
                 accepted = report.moved
@@ -61,8 +67,12 @@ class Evictor:
                         accepted |= bits
                 full = accepted != report.moved
         finally:
-            lib.us_write_done(self.client, number, accepted, full)
-            region.transfers.end()
+            region.gate.leave()
+            self._done(region, number, accepted, full)
+
+    def _done(self, region: Served, number: int, accepted: int, full: bool) -> None:
+        lib.us_write_done(self.client, number, accepted, full)
+        region.transfers.end()
 
     async def _accepted(self, region: Served, runs: list[Run]) -> bool:
         delay = RETRY_FIRST_S

@@ -16,9 +16,10 @@ import logging
 import sys
 import time
 from collections.abc import Collection, Coroutine
-from typing import Any
+from typing import Any, Protocol
 
 from userswap.backends.store import PageLostError, Run, Store, StoreError, TransientError
+from userswap.engine.gate import Gate, Urgency
 from userswap.native import ffi, lib
 
 log = logging.getLogger("userswap.pager")
@@ -26,6 +27,7 @@ log = logging.getLogger("userswap.pager")
 PAGE = 4096
 MISSES_PER_DRAIN = 256
 RUN_PAGES_MAX = 32
+BUFFER = f"uint8_t[{RUN_PAGES_MAX * PAGE}]"
 RETRY_FIRST_S = 0.001
 RETRY_MAX_S = 1.0
 WAIT_LIMIT_S = 5
@@ -71,16 +73,31 @@ class Pending:
         await self._idle.wait()
 
 
+class Backing(Protocol):
+    """Where a region's pages go."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def store(self) -> Store: ...
+    @property
+    def base(self) -> int: ...
+    @property
+    def gate(self) -> Gate: ...
+
+
 class Served:
     """What the loop needs to know of an open region."""
 
-    def __init__(self, handle: Any, name: str, url: str, store: Store, base: int) -> None:
+    def __init__(self, handle: Any, name: str, backing: Backing) -> None:
         self.handle = handle
         self.name = name
-        self.url = url
-        self.store = store
-        self.base = base
+        self.backing = backing
+        self.url = backing.label
+        self.store: Store = backing.store
+        self.base = backing.base
         """The store's index of the region's first page."""
+        self.gate: Gate = backing.gate
         self.transfers = Pending()
         """Reads and writes of the store under way."""
         self.fills: dict[asyncio.Task[None], range] = {}
@@ -150,12 +167,17 @@ class FaultLoop:
 
     async def _fill(self, region: Served, miss: Any) -> None:
         ticket = int(miss.ticket)
-        buffer = (
-            self._buffers.pop() if self._buffers else ffi.new(f"uint8_t[{RUN_PAGES_MAX * PAGE}]")
-        )
+        urgency = Urgency.READAHEAD if miss.ahead else Urgency.DEMAND
+        if not miss.ahead:
+            self._waiting[ticket] = (time.monotonic(), region)
         try:
-            if not miss.ahead:
-                self._waiting[ticket] = (time.monotonic(), region)
+            await region.gate.enter(urgency)
+        except asyncio.CancelledError:
+            self._waiting.pop(ticket, None)
+            region.transfers.end()
+            raise
+        buffer = self._buffers.pop() if self._buffers else ffi.new(BUFFER)
+        try:
             if await self._read(region, miss, buffer):
                 await self._install(region, miss, buffer)
             elif miss.count == 1:
@@ -166,6 +188,7 @@ class FaultLoop:
             self._waiting.pop(ticket, None)
             self._told.discard(ticket)
             self._buffers.append(buffer)
+            region.gate.leave()
             region.transfers.end()
 
     async def _read(self, region: Served, miss: Any, buffer: Any) -> bool:

@@ -27,6 +27,7 @@ from userswap.backends.store import StoreError
 from userswap.engine.control import Message, close_all, peer, receive, send
 from userswap.engine.errors import PagerError, UserswapError
 from userswap.engine.served import ClientService, OpenRegion
+from userswap.engine.stores import Stores
 
 log = logging.getLogger("userswap.pager")
 
@@ -158,7 +159,7 @@ class Connection:
         if request["pid"] != pid:
             # Memory is read, and the client's end is seen, by this number.
             raise UserswapError(f"hello: this is process {pid}, not {request['pid']!r}")
-        self._service = ClientService(descriptors[0], request)
+        self._service = ClientService(1, descriptors[0], request, Stores())
         self._unclaimed.difference_update(descriptors)
         # A child of the client may hold its socket open: only the pidfd tells that it has ended.
         self._pidfd = os.pidfd_open(self._service.pid)

@@ -17,14 +17,17 @@ import resource
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NoReturn, Self, SupportsIndex
 
 from userswap.backends.grammar import GrammarError, format_size, parse_size
+from userswap.backends.store import Geometry, Store
 from userswap.engine import client as clients
 from userswap.engine import probe
 from userswap.engine.client import Client, Settings
 from userswap.engine.errors import ConfigError, ResidentError, UnsupportedError, UserswapError
+from userswap.engine.objects import pickled
 from userswap.engine.stats import RegionStats
 from userswap.native import ffi, lib
 
@@ -89,7 +92,8 @@ class Region:
             not. At least 1 MiB, and 32 KiB for each thread of the process. More than `size` means
             `size`, or that minimum for a region that is smaller still.
         store: where the rest goes, as a store URL: "ram:lz4", "ram:zstd?level=1&limit=512MiB",
-            "memory:".
+            "memory:"; or a store of your own: a `userswap.backends.store.Store` that can be
+            pickled, or a function that makes one, such as `functools.partial(MyStore, path)`.
         name: for statistics and messages.
         fault_path: "native" answers faults whose page is in memory without the interpreter;
             "asyncio" sends every fault through the event loop.
@@ -115,7 +119,7 @@ class Region:
         size: int | str,
         *,
         resident: int | str,
-        store: str = "ram:lz4",
+        store: str | Store | Callable[[Geometry], Any] = "ram:lz4",
         name: str | None = None,
         fault_path: str = "native",
         on_full: str = "grow",
@@ -137,7 +141,7 @@ class Region:
         request = {
             "pages": self.size // PAGE,
             "limit": self._limit,
-            "store": store,
+            "store": store if isinstance(store, str) else pickled(store),
             "name": name,
             "grow": on_full == "grow",
             "prefetch": prefetch,

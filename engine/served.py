@@ -16,14 +16,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from userswap.backends.grammar import GrammarError, unknown_name
-from userswap.backends.registry import open_stack
-from userswap.backends.store import Geometry, Store, StoreError
-from userswap.engine.errors import ConfigError, ResidentError, UserswapError
+from userswap.backends.grammar import unknown_name
+from userswap.backends.store import PAGES_MAX
+from userswap.engine.errors import ConfigError, ResidentError
 from userswap.engine.evictor import Evictor
 from userswap.engine.fault_loop import FaultLoop, Pending, Served, discard_marked
 from userswap.engine.page_table import Extents, State
 from userswap.engine.policies.prefetch import names
+from userswap.engine.stores import Backing, Stores
 from userswap.native import check, ffi, lib
 
 log = logging.getLogger("userswap.pager")
@@ -36,6 +36,8 @@ DISCARD_PAGES = 1 << 18
 """Of one discard, marked at a time: 1 MiB of marks."""
 DISCARD_STALL_S = 5.0
 PREFETCH_TRIES = 200
+STORE_END_S = 10.0
+"""How long a store may take to discard a region whose client is gone."""
 QUIET_TRIES = 200
 """One second: a client whose agent is stopped must be able to end."""
 COUNTS = ("zero", "load", "awaited", "rescue", "protect", "spurious", "forgotten", "parked")
@@ -44,12 +46,14 @@ COUNTS = ("zero", "load", "awaited", "rescue", "protect", "spurious", "forgotten
 class OpenRegion(Served):
     """A region with what only the operations need."""
 
+    backing: Backing
+
     def __init__(
-        self, handle: Any, name: str, url: str, store: Store, *, pages: int, base: int, pool: Any
+        self, handle: Any, name: str, backing: Backing, *, pages: int, table_base: int, pool: Any
     ) -> None:
-        super().__init__(handle, name, url, store, 0)
+        super().__init__(handle, name, backing)
         self.pages = pages
-        self.table_base = base
+        self.table_base = table_base
         self.pool = pool
         self.closing = self.detached = False
         self.operations = Pending()
@@ -59,7 +63,10 @@ class OpenRegion(Served):
 class ClientService:
     """The operations of one client."""
 
-    def __init__(self, uffd: int, hello: dict[str, Any]) -> None:
+    def __init__(self, number: int, uffd: int, hello: dict[str, Any], stores: Stores) -> None:
+        self.number = number
+        """Of this client in its pager, from 1."""
+        self.stores = stores
         self.uffd = uffd
         self.fault_path = str(hello["fault_path"])
         self.pid = int(hello["pid"])
@@ -72,8 +79,6 @@ class ClientService:
         self.evictor = Evictor(self.native, self.loop)
         self.regions: dict[int, OpenRegion] = {}
         self._extents = Extents()
-        self._pools: dict[str, tuple[Store, int]] = {}
-        """Stores with a native pool, shared by this client's regions: url -> (store, users)."""
         self._last_region = 0
         self._timer: asyncio.TimerHandle | None = None
         self._gone: Callable[[], None] = lambda: None
@@ -109,20 +114,38 @@ class ClientService:
         """Open a region; the answer brings the pool's descriptor, for a later take-over."""
         start, pages, limit = (int(request[key]) for key in ("start", "pages", "limit"))
         url = str(request["store"])
-        if pages <= 0 or start <= 0 or start % PAGE or limit < PAGE:
+        if not 0 < pages <= PAGES_MAX or start <= 0 or start % PAGE or limit < PAGE:
             raise ConfigError(f"a region of {pages} pages at {start:#x} with {limit} bytes")
+        self._last_region += 1
+        number = self._last_region
+        name = str(request.get("name") or f"region-{number}")
+        backing = await self.stores.open(self.number, url, name, pages)
+        try:
+            region = self._open_native(name, backing, start, pages, request)
+        except BaseException:
+            await self.stores.close(backing)
+            raise
+        self.regions[number] = region
+        self.loop.regions[int(ffi.cast("uintptr_t", region.handle))] = region
+        descriptors = [backing.native.fd] if backing.native else []
+        return {"region": number, "name": name}, descriptors
+
+    def _open_native(
+        self, name: str, backing: Backing, start: int, pages: int, request: dict[str, Any]
+    ) -> OpenRegion:
         prefetch = lib.us_prefetch_find(str(request["prefetch"]).encode())
         if prefetch == ffi.NULL:
             raise ConfigError(unknown_name("prefetch policy", str(request["prefetch"]), names()))
-        store = await self._open_store(url, pages)
+        pool = ffi.NULL
+        if backing.native is not None:
+            pool = backing.native.pool
+            lib.us_client_own_pool(self.native, pool)
         try:
             base = self._extents.allocate(pages)
         except MemoryError:
-            await self._close_store(url, store)
             raise ConfigError("this process has no room for more regions (16 TiB)") from None
-        pool = store.native.pool if store.native else ffi.NULL
         out = ffi.new("struct us_region **")
-        grow = bool(request["grow"])
+        limit, grow = int(request["limit"]), bool(request["grow"])
         try:
             check(
                 lib.us_region_open(
@@ -131,43 +154,8 @@ class ClientService:
             )
         except OSError:
             self._extents.release(base, pages)
-            await self._close_store(url, store)
             raise
-        self._last_region += 1
-        name = str(request.get("name") or f"region-{self._last_region}")
-        region = OpenRegion(out[0], name, url, store, pages=pages, base=base, pool=pool)
-        self.regions[self._last_region] = region
-        self.loop.regions[int(ffi.cast("uintptr_t", out[0]))] = region
-        descriptors = [store.native.fd] if store.native else []
-        return {"region": self._last_region, "name": name}, descriptors
-
-    async def _open_store(self, url: str, pages: int) -> Store:
-        if url in self._pools:
-            store, users = self._pools[url]
-            self._pools[url] = (store, users + 1)
-            return store
-        try:
-            store = await open_stack(url, Geometry(pages))
-        except (GrammarError, StoreError) as error:
-            raise ConfigError(f"store {url!r}: {error}") from None
-        except OSError as error:
-            raise UserswapError(f"store {url!r}: {error}") from None
-        if store.native is not None:
-            lib.us_client_own_pool(self.native, store.native.pool)
-            self._pools[url] = (store, 1)
-        return store
-
-    async def _close_store(self, url: str, store: Store) -> None:
-        if url in self._pools:
-            users = self._pools[url][1] - 1
-            if users:
-                self._pools[url] = (store, users)
-                return
-            del self._pools[url]
-        try:
-            await store.aclose()
-        except StoreError as error:
-            log.warning("store %s: %s", url, error)
+        return OpenRegion(out[0], name, backing, pages=pages, table_base=base, pool=pool)
 
     def region(self, request: dict[str, Any]) -> OpenRegion:
         """The region that a request names."""
@@ -200,7 +188,7 @@ class ClientService:
         del self.regions[number]
         del self.loop.regions[int(ffi.cast("uintptr_t", region.handle))]
         self._extents.release(region.table_base, region.pages)
-        await self._close_store(region.url, region.store)
+        await self.stores.close(region.backing)
 
     async def discard(self, region: OpenRegion, first: int, count: int) -> None:
         """Make a range ZERO, in memory and then in the store."""
@@ -342,11 +330,10 @@ class ClientService:
         for region in self.regions.values():
             if region.detached:  # its close was cancelled, and the native client knows it no more
                 check(lib.us_region_free(region.handle))
-        for store, url in {region.store: region.url for region in self.regions.values()}.items():
             try:
-                await store.aclose()
-            except StoreError as error:
-                log.warning("store %s: %s", url, error)
+                await asyncio.wait_for(self.stores.close(region.backing), STORE_END_S)
+            except TimeoutError:
+                log.warning("store %s: does not let go of region %s", region.url, region.name)
         # Only now: a store's buffers may be the client's memory. The table may take a while.
         await asyncio.to_thread(lib.us_client_destroy, self.native)
         os.close(self.uffd)

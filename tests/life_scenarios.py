@@ -79,11 +79,12 @@ def keep_a_budget(*, seed: int, seconds: float) -> None:
         print("was at", round(most, 2), flush=True)
 
 
-def measure_beside_a_busy_loop(*, hog: str) -> None:
-    """Faults that memory can answer do not wait for the pager's interpreter."""
+def measure_beside_a_blocked_store(*, hog: str, beside: str) -> None:
+    """Faults do not wait for another region's store, nor what memory answers for the
+    interpreter."""
     with (
         Region(4 * MIB, resident=LEAST, store=hog, prefetch="none", name="awaited") as awaited,
-        Region(4 * MIB, resident=LEAST, store="ram:lz4", prefetch="none", name="native") as native,
+        Region(4 * MIB, resident=LEAST, store=beside, prefetch="none", name="native") as native,
     ):
         fill(awaited)
         fill(native)
@@ -115,8 +116,7 @@ def measure_beside_a_busy_loop(*, hog: str) -> None:
 
 
 def fault_steadily(*, seed: int, store: str) -> None:
-    """A stream of faults through the asyncio loop: requests and signals have their turn all the
-    same."""
+    """A stream of faults through the asyncio loop: requests have their turn all the same."""
     with Region(4 * MIB, resident=LEAST, store=store, fault_path="asyncio") as region:
         writers = Writers(region, seed=seed, steps=1 << 40, threads=3).start()
         print("ready", region.stats().pager_pid, foreign_thread(), flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -150,26 +149,22 @@ def test_a_stopped_pager_is_waited_for_and_spoken_of(seed: int) -> None:
         assert child.err.count("userswap:") == 1
 
 
-@pytest.mark.parametrize("hog", ["trial:?hog=200ms", "trial:?garbage=300000"])
-def test_a_busy_loop_stops_no_native_fault(hog: str) -> None:
-    """A slow callback that keeps the interpreter, and garbage collections."""
-    print(check(call(life_scenarios.measure_beside_a_busy_loop, hog=hog)))
+@pytest.mark.parametrize(
+    ("hog", "beside"),
+    [
+        ("trial:?hog=200ms", "ram:lz4"),
+        ("trial:?garbage=300000", "ram:lz4"),
+        ("trial:?sleep=1s", "ram:lz4"),
+        ("trial:?sleep=1s", "memory:"),
+    ],
+)
+def test_a_store_that_blocks_stops_no_other_region(hog: str, beside: str) -> None:
+    """A store that keeps the interpreter, collects garbage, or sleeps on its thread."""
+    print(check(call(life_scenarios.measure_beside_a_blocked_store, hog=hog, beside=beside)))
 
 
-def test_a_stream_of_faults_starves_neither_requests_nor_signals(seed: int) -> None:
-    with Child("") as folder:
-        source = call(
-            life_scenarios.fault_steadily, seed=seed, store=f"trial:?report={folder.report}"
-        )
-        with Child(source) as child:
-            pager, _ = ready(child)
-            time.sleep(0.3)
-            sent = time.monotonic()
-            os.kill(pager, signal.SIGUSR1)
-            assert soon(lambda: "noticed" in folder.reports(), 2), "the signal is starved"
-            noticed = json.loads(folder.reports().splitlines()[0])["noticed"]
-            assert noticed - sent < 1.0
-            assert child.wait(30) == 0
+def test_a_stream_of_faults_starves_no_request(seed: int) -> None:
+    print(check(call(life_scenarios.fault_steadily, seed=seed, store="memory:")))
 
 
 @pytest.fixture

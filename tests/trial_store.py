@@ -13,8 +13,11 @@ entry point, as a third party's would be (see `proof.Child`).
     hog, garbage  each read keeps the interpreter busy so long, or collects garbage of so many
                   objects
     strict        two operations on one page at a time, of which one writes, end the pager
-    report        a file that gets one line of JSON about every failure, and one at the end; and
-                  the times at which SIGUSR1 was noticed
+    sleep         each read stops the store's thread for so long
+    report        a file that gets one line of JSON about every failure, and one at the end
+
+The volume's own pages, and whatever comes before the first write of another page, are not on trial.
+Pages are counted from the volume's first.
 """
 
 from __future__ import annotations
@@ -24,7 +27,6 @@ import gc
 import json
 import os
 import random
-import signal
 import sys
 import time
 from collections import Counter
@@ -47,6 +49,8 @@ from userswap.backends.store import (
 NAME = "trial"
 PAGE = 4096
 OPERATIONS = ("read", "write", "discard", "flush")
+FIRST = 4232
+"""The first page that a volume hands out on a store of PAGES_MAX pages."""
 FAILURES = ("transient", "full", "lost", "failed", "bug")
 
 
@@ -68,6 +72,7 @@ class TrialStore(Store):
         self._write_delay = options.duration("write_delay", 0.0)
         self._rare = options.integer("rare", 1, low=1, high=1 << 20)
         self._hog = options.duration("hog", 0.0)
+        self._sleep = options.duration("sleep", 0.0)
         self._garbage = options.integer("garbage", 0, low=0, high=1 << 24)
         self._strict = options.boolean("strict", False)
         self._report = options.text("report", "")
@@ -77,14 +82,14 @@ class TrialStore(Store):
         self._calls: Counter[str] = Counter()
         self._reading: Counter[int] = Counter()
         self._changing: set[int] = set()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._noticed)
+        self._armed = False
 
     async def read(self, runs: Sequence[Run]) -> None:
         pages = [page for run in runs for page in pages_of(self, run)]
         with self._alone(pages, changing=False):
             self._count("read", pages)
             self._block()
-            if self._lost in pages:
+            if self._lost >= 0 and self._lost + FIRST in pages:
                 raise PageLostError("is lost", store=NAME, page=self._lost)
             content = [self._pages.get(page, bytes(PAGE)) for page in pages]
             await self._wait(self._read_delay)
@@ -118,7 +123,8 @@ class TrialStore(Store):
         self._pages.clear()
 
     def _count(self, operation: str, pages: list[int]) -> None:
-        if self._on not in (operation, "any"):
+        self._armed = self._armed or (operation == "write" and pages[0] >= FIRST)
+        if not self._armed or self._on not in (operation, "any"):
             return
         self._calls[self._on] += 1
         number = self._calls[self._on]
@@ -139,6 +145,7 @@ class TrialStore(Store):
         raise RuntimeError("a bug of the store")
 
     def _block(self) -> None:
+        time.sleep(self._sleep)
         until = time.monotonic() + self._hog
         while time.monotonic() < until:
             pass
@@ -174,9 +181,6 @@ class TrialStore(Store):
                 self._changing.difference_update(pages)
             else:
                 self._reading.subtract(pages)
-
-    def _noticed(self) -> None:
-        self._tell(noticed=time.monotonic())
 
     def _tell(self, **what: object) -> None:
         if self._report:
