@@ -30,8 +30,9 @@ def pickled(store: object) -> str:
     Raises ConfigError for what cannot cross to another process.
     """
     if not isinstance(store, Store) and not callable(store):
-        raise ConfigError(f"store={store!r}: give a store URL, such as ram:lz4, or a Store")
+        raise ConfigError(f"store={store!r}: give a store URL, such as 'ram:lz4', or a Store")
     preparation = spawn.get_preparation_data("userswap-pager")
+    del preparation["authkey"]  # which must not be pickled, and is for other purposes
     try:
         data = pickle.dumps((preparation, pickle.dumps(store)))
     except Exception as error:

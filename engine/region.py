@@ -133,8 +133,6 @@ class Region:
         self.name = _check_name(name)
         if on_full not in ("grow", "stall"):
             raise ConfigError(f"on_full={on_full!r}: use grow or stall")
-        if not isinstance(store, str):
-            raise ConfigError(f"store={store!r}: use a store URL, such as 'ram:lz4'")
         settings = Settings(fault_path, on_pager_death, user_mode_only, placement)
         self.size = check_size(size)
         self._limit = check_resident(resident, self.size)

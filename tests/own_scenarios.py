@@ -1,0 +1,79 @@
+"""Clients whose store is an object of their own, each function in one of its own (proof.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from exercise import PAGE, expect
+from scenarios import LEAST, MIB, copy_out, fill, stamp
+from userswap import ConfigError, Region
+from userswap.backends.memory import MemoryStore
+from userswap.backends.store import Geometry, Run, Store, StoreFailedError
+
+
+class Inverted(MemoryStore):
+    """Keeps every bit the other way round, which nobody may notice."""
+
+    async def write(self, runs: Sequence[Run]) -> None:
+        flipped = (bytes(byte ^ 0xFF for byte in run.buffer.cast("B")) for run in runs)
+        await super().write(
+            [Run(run.index, memoryview(data)) for run, data in zip(runs, flipped, strict=True)]
+        )
+
+    async def read(self, runs: Sequence[Run]) -> None:
+        await super().read(runs)
+        for run in runs:
+            for index in range(0, run.buffer.nbytes, PAGE):
+                if run.index + index // PAGE in self._pages:
+                    part = run.buffer.cast("B")[index : index + PAGE]
+                    part[:] = bytes(byte ^ 0xFF for byte in part)
+
+
+async def make(page_count: int, geometry: Geometry) -> Store:
+    await asyncio.sleep(0)
+    return Inverted(page_count, page_size=geometry.page_size)
+
+
+def refuse(geometry: Geometry) -> Store:
+    raise StoreFailedError("not today", store="own")
+
+
+def page_to_an_object(*, made: bool) -> None:
+    """A store that can be pickled, or a function that makes one in the pager."""
+    pages = 1 << 20
+    store: Any = functools.partial(make, pages) if made else Inverted(pages)
+    with Region(2 * MIB, resident=LEAST, store=store) as region:
+        fill(region)
+        for page in range(region.size // PAGE):
+            expect(copy_out(region, page) == stamp(page, 0), f"page {page} is lost")
+        expect(region.stats().store == "object", region.stats().store)
+        expect(region.stats().faults["awaited"] > 0, "nothing was read from the store")
+
+
+def offer_what_is_no_store() -> None:
+    """Each is refused in one line that says why."""
+    offers: list[tuple[Any, str]] = [
+        (None, "give a store URL"),
+        (7, "give a store URL"),
+        (Inverted(16), "too few"),
+        (refuse, "not today"),
+        (threading.Lock, "is no store"),
+        (lambda geometry: Inverted(1 << 20), "cannot be sent"),
+        (functools.partial(make, bytes(100_000)), "over"),
+    ]
+    for store, why in offers:
+        refusal = _refusal(lambda store=store: Region(2 * MIB, resident=LEAST, store=store))
+        print(refusal)
+        expect(why in refusal and "\n" not in refusal, f"{store!r}: {refusal}")
+
+
+def _refusal(attempt: Callable[[], object]) -> str:
+    try:
+        attempt()
+    except ConfigError as error:
+        return str(error)
+    raise AssertionError("it was accepted")
