@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from exercise import PAGE, expect
@@ -59,21 +58,21 @@ def offer_what_is_no_store() -> None:
     offers: list[tuple[Any, str]] = [
         (None, "give a store URL"),
         (7, "give a store URL"),
-        (Inverted(16), "too few"),
+        (Inverted(16), "no room"),
         (refuse, "not today"),
-        (threading.Lock, "is no store"),
-        (lambda geometry: Inverted(1 << 20), "cannot be sent"),
-        (functools.partial(make, bytes(100_000)), "over"),
+        (repr, "is no store"),
+        (lambda _: Inverted(1 << 20), "cannot be sent"),
+        (functools.partial(print, bytes(100_000)), "over"),
     ]
     for store, why in offers:
-        refusal = _refusal(lambda store=store: Region(2 * MIB, resident=LEAST, store=store))
+        refusal = _refusal(store)
         print(refusal)
         expect(why in refusal and "\n" not in refusal, f"{store!r}: {refusal}")
 
 
-def _refusal(attempt: Callable[[], object]) -> str:
+def _refusal(store: Any) -> str:
     try:
-        attempt()
+        Region(2 * MIB, resident=LEAST, store=store)
     except ConfigError as error:
         return str(error)
     raise AssertionError("it was accepted")
