@@ -27,7 +27,10 @@ _OWN_STORES = {
     "memory": "userswap.backends.memory:open_store",
     "ram": "userswap.backends.ram:open_store",
 }
-_OWN_FILTERS: dict[str, str] = {}
+_OWN_FILTERS = {
+    name: f"userswap.backends.filters.{name}:open_filter"
+    for name in ("checksum", "delay", "faulty", "retry", "stats")
+}
 _EXAMPLES = ("ram:lz4", "ram:zstd", "memory:")
 """What a URL that is only a word may have been meant to be."""
 

@@ -212,6 +212,24 @@ def touch_a_lost_page(*, page: int) -> None:
         sys.stdout.write(str(region.memory[page * PAGE]))
 
 
+def touch_a_damaged_page(*, stack: str) -> None:
+    """One bit is wrong in the store: one page is lost, to who touches that page alone."""
+    url = f"{stack}trial:?flip=40"
+    with Region(4 * MIB, resident=LEAST, store=url, prefetch="none") as region:
+        fill(region)
+        region.prefetch(0, region.size)  # what was loaded is stored again, and nothing is worse
+        lost = []
+        for page in range(region.size // PAGE):
+            try:
+                expect(copy_out(region, page) == stamp(page, 0), f"page {page} is wrong")
+            except OSError as error:
+                expect(error.errno == errno.EFAULT, f"page {page}: {error}")
+                lost.append(page)
+        expect(len(lost) == 1, f"lost: {lost}")
+        print("touches", flush=True)
+        sys.stdout.write(str(region.memory[lost[0] * PAGE]))
+
+
 def fill_a_full_store(*, store: str, path: str) -> None:
     """A store without room: the region grows over its budget, and nothing is lost."""
     with Region(4 * MIB, resident=LEAST, store=store, fault_path=path) as region:

@@ -54,7 +54,8 @@ FLOORS = {
 SEAM = {f"userswap.backends{name}" for name in ("", ".store", ".grammar", ".registry", ".volume")}
 # What stores may know of each other: how values are encoded, where filters keep bytes per page;
 # and the parts of volumes of each other.
-SHARED = {f"userswap.backends.{name}" for name in ("values", "filters", "filters.tail")}
+SHARED = {"userswap.backends.values"}
+SHARED |= {f"userswap.backends.filters{name}" for name in ("", ".sealed", ".tail")}
 SHARED |= {f"userswap.backends.{name}" for name in ("medium", "ranges", "superblock")}
 IMPURE = {"asyncio", "os", "random", "socket", "subprocess", "threading", "time"}
 

@@ -220,7 +220,7 @@ async def test_compressed_ram_says_what_the_fault_server_needs() -> None:
         ("ram:lz4?limit=4KiB", "at least 1MiB"),
         ("ram:lz4?limit=1MB", "MiB"),
         ("memory:target", "takes no target"),
-        ("checksum::ram:lz4", "unknown filter 'checksum'"),
+        ("cheksum::ram:lz4", "did you mean 'checksum'"),
     ],
 )
 async def test_a_url_that_is_wrong_says_how(url: str, message: str) -> None:

@@ -7,6 +7,7 @@ entry point, as a third party's would be (see `proof.Child`).
     on, how       which operations (read, write, discard, flush or any), and with which error
     sticky        every later one fails too
     lost          a page that can never be read
+    flip          a page of which one bit is not what was written
     read_delay, write_delay
                   each call takes a random share of that time: a write lands late, a read returns
                   what was there when it began. Later calls overtake earlier ones.
@@ -68,6 +69,7 @@ class TrialStore(Store):
         self._how = options.choice("how", "transient", FAILURES)
         self._sticky = options.boolean("sticky", False)
         self._lost = options.integer("lost", -1, low=0, high=page_count - 1)
+        self._flip = options.integer("flip", -1, low=0, high=page_count - 1)
         self._read_delay = options.duration("read_delay", 0.0)
         self._write_delay = options.duration("write_delay", 0.0)
         self._rare = options.integer("rare", 1, low=1, high=1 << 20)
@@ -91,7 +93,7 @@ class TrialStore(Store):
             self._block()
             if self._lost >= 0 and self._lost + FIRST in pages:
                 raise PageLostError("is lost", store=NAME, page=self._lost)
-            content = [self._pages.get(page, bytes(PAGE)) for page in pages]
+            content = [self._content(page) for page in pages]
             await self._wait(self._read_delay)
             for run in runs:
                 length = len(pages_of(self, run))
@@ -121,6 +123,12 @@ class TrialStore(Store):
     async def aclose(self) -> None:
         self._tell(calls=dict(self._calls))
         self._pages.clear()
+
+    def _content(self, page: int) -> bytes:
+        found = bytearray(self._pages.get(page, bytes(PAGE)))
+        if page == self._flip:
+            found[PAGE // 3] ^= 4
+        return bytes(found)
 
     def _count(self, operation: str, pages: list[int]) -> None:
         self._armed = self._armed or (operation == "write" and pages[0] >= FIRST)
