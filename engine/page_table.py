@@ -1,8 +1,9 @@
 """Page states as Python sees them, and where regions lie in a client's table.
 
-The table itself is native (native/word.h has the states, the transition table and the invariants):
-one 8-byte word a page, in a memfd that outlives the pager. This module names the states and hands
-out the ranges of words, called extents.
+The table itself is native (native/word.h has the states, the transition table and the invariants,
+native/table.h the layout): one 8-byte word a page, in a tree whose nodes are made when they are
+needed, in a memfd that outlives the pager. This module names the states and hands out the ranges of
+slots, called extents.
 
 Must not know: addresses, stores, how a word changes.
 """
@@ -13,11 +14,11 @@ import enum
 
 from userswap.native import lib
 
-TABLE_SLOTS = 1 << 32
+TABLE_SLOTS: int = lib.US_TABLE_SLOTS
 """Pages of one client, all its regions together: 16 TiB."""
 
-SLOTS_PER_TABLE_PAGE = 512
-"""Extents start on pages of the table, so that closing a region gives its pages back."""
+EXTENT_SLOTS: int = lib.US_BRANCH_PAGES
+"""Extents are multiples of a branch, which has one owner: closing it gives its memory back."""
 
 
 class State(enum.IntEnum):
@@ -51,7 +52,7 @@ class Extents:
 
     def allocate(self, count: int) -> int:
         """The first slot of a new extent; raises MemoryError when no range is long enough."""
-        rounded = -(-count // SLOTS_PER_TABLE_PAGE) * SLOTS_PER_TABLE_PAGE
+        rounded = -(-count // EXTENT_SLOTS) * EXTENT_SLOTS
         for at, (first, room) in enumerate(self._free):
             if room >= rounded:
                 rest = [(first + rounded, room - rounded)] if room > rounded else []
@@ -61,7 +62,7 @@ class Extents:
 
     def release(self, first: int, count: int) -> None:
         """Give an extent back."""
-        rounded = -(-count // SLOTS_PER_TABLE_PAGE) * SLOTS_PER_TABLE_PAGE
+        rounded = -(-count // EXTENT_SLOTS) * EXTENT_SLOTS
         merged: list[tuple[int, int]] = []
         for start, length in sorted([*self._free, (first, rounded)]):
             if merged and merged[-1][0] + merged[-1][1] == start:

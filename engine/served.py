@@ -13,7 +13,7 @@ import logging
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from userswap.backends.grammar import unknown_name
@@ -194,12 +194,12 @@ class ClientService:
         """Make a range ZERO, in memory and then in the store."""
         if first < 0 or count < 0 or first + count > region.pages:
             raise ConfigError(f"pages {first}+{count} are outside the region's {region.pages}")
-        for start in range(first, first + count, DISCARD_PAGES):
-            await self._discard_part(region, start, min(DISCARD_PAGES, first + count - start))
+        end = first + count
+        for start, size in _parts(region, first, end, DISCARD_PAGES):
+            await self._discard_part(region, start, size)
         if region.pool:
             return
-        for start in range(first, first + count, CHUNK):
-            size = min(CHUNK, first + count - start)
+        for start, size in _parts(region, first, end, CHUNK):
             marked = lib.us_discard_begin(region.handle, start, size)
             if marked:
                 await discard_marked(region, start, marked)
@@ -260,7 +260,6 @@ class ClientService:
         lib.us_region_report(region.handle, report)
         states = ffi.new("uint64_t[]", len(State))
         lib.us_region_census(region.handle, states)
-        table = os.fstat(lib.us_client_descriptors(self.native, 0)).st_blocks * 512
         usage = resource.getrusage(resource.RUSAGE_SELF)
         return {
             "name": region.name,
@@ -289,7 +288,7 @@ class ClientService:
             "native_latency": self._latency(region, awaited=False),
             "awaited_latency": self._latency(region, awaited=True),
             **_pool_stats(region.pool),
-            "table_bytes": table,
+            "table_bytes": lib.us_client_table_bytes(self.native),
             "pager_pid": os.getpid(),
             "pager_cpu_seconds": usage.ru_utime + usage.ru_stime,
             "pager_rss_bytes": own_memory(),
@@ -337,6 +336,14 @@ class ClientService:
         # Only now: a store's buffers may be the client's memory. The table may take a while.
         await asyncio.to_thread(lib.us_client_destroy, self.native)
         os.close(self.uffd)
+
+
+def _parts(region: OpenRegion, first: int, end: int, most: int) -> Iterator[tuple[int, int]]:
+    """First page and length of what may hold something: what was never touched is skipped."""
+    while (first := lib.us_region_next(region.handle, first)) < end:
+        size = min(most, end - first)
+        yield first, size
+        first += size
 
 
 def _pool_stats(pool: Any) -> dict[str, Any]:

@@ -101,7 +101,7 @@ static void stay(struct us_batch *batch, uint64_t pages, enum us_state from, enu
     for (uint32_t i = 0; i < batch->pages; i++) {
         if (!(pages >> i & 1))
             continue;
-        us_word *word = &region->word[batch->index[i]];
+        us_word *word = us_word_at(region, batch->index[i]);
         uint64_t handle = from == US_DROPPING ? us_handle_of(atomic_load(word)) : 0;
         bool fresh = region->pool && handle && !(batch->moved >> i & 1); /* a copy that the budget does not know */
         uint64_t seen = atomic_load(word);
@@ -138,7 +138,7 @@ static void vanish(struct us_batch *batch, uint64_t pages) {
     struct us_region *region = batch->region;
     for (uint32_t i = 0; i < batch->pages; i++)
         if (pages >> i & 1) {
-            uint64_t old = us_word_leave(&region->word[batch->index[i]], US_MOVING, US_ZERO, 0, US_BUSY, 0);
+            uint64_t old = us_word_leave(us_word_at(region, batch->index[i]), US_MOVING, US_ZERO, 0, US_BUSY, 0);
             us_wake_page(region, batch->index[i], old);
         }
     int64_t bytes = (int64_t)__builtin_popcountll(pages) * US_PAGE;
@@ -172,7 +172,7 @@ static bool read_staging(struct us_client *client, struct us_batch *batch) {
 void us_put_back(struct us_batch *batch, uint32_t slot) {
     struct us_region *region = batch->region;
     uint32_t index = batch->index[slot];
-    us_word *word = &region->word[index];
+    us_word *word = us_word_at(region, index);
     uint64_t seen = atomic_load(word);
     us_count(&region->count.put_back, 1);
     while (us_state_of(seen) == US_LEAVING)
@@ -197,7 +197,7 @@ void us_store_full(struct us_region *region) {
 /* A page of the batch is in the store: LEAVING -> STORED, unless it was rescued or discarded meanwhile. */
 static void stored(struct us_batch *batch, uint32_t slot, uint64_t handle) {
     struct us_region *region = batch->region;
-    us_word *word = &region->word[batch->index[slot]];
+    us_word *word = us_word_at(region, batch->index[slot]);
     enum us_state to = handle == US_HANDLE_SAME ? US_ZERO : US_STORED;
     uint64_t kept = to == US_ZERO ? 0 : handle;
     uint64_t old = us_word_leave(word, US_LEAVING, to, kept, US_BUSY, 0);
@@ -214,8 +214,8 @@ static void compress(struct us_batch *batch) {
     for (uint32_t i = 0; i < batch->pages; i++) {
         if (!(batch->moved >> i & 1))
             continue;
-        us_word *word = &region->word[batch->index[i]];
-        uint64_t handle, slot = region->base + batch->index[i];
+        us_word *word = us_word_at(region, batch->index[i]);
+        uint64_t handle, slot = region->extent.base + batch->index[i];
         if (us_state_of(atomic_load(word)) != US_LEAVING) { /* rescued before it was compressed */
             us_word_clear(word, US_BUSY);
         } else if (full || us_pool_put(region->pool, batch->buffer + (uint64_t)i * US_PAGE, slot, &handle)) {
@@ -237,7 +237,7 @@ static void leave(struct us_client *client, struct us_batch *batch) {
     for (uint32_t i = 0; i < batch->pages; i++)
         if (batch->moved >> i & 1) {
             uint64_t where = 1 + (uint64_t)us_batch_number(batch) * US_BATCH_PAGES + i;
-            uint64_t old = us_word_leave(&region->word[batch->index[i]], US_MOVING, US_LEAVING, where, 0, 0);
+            uint64_t old = us_word_leave(us_word_at(region, batch->index[i]), US_MOVING, US_LEAVING, where, 0, 0);
             us_wake_page(region, batch->index[i], old);
         }
     if (region->pool) {
@@ -285,7 +285,7 @@ static void dropped(struct us_batch *batch, const struct us_order *order) {
     for (uint32_t i = 0; i < batch->pages; i++) {
         if (!(taken >> i & 1))
             continue;
-        us_word *word = &region->word[batch->index[i]];
+        us_word *word = us_word_at(region, batch->index[i]);
         uint64_t handle = us_handle_of(atomic_load(word)); /* DROPPING: nobody else changes it */
         bool zero = batch->kind == US_BATCH_DISCARD || handle == US_HANDLE_SAME;
         int64_t cost = region->pool && handle ? (int64_t)us_pool_cost(region->pool, handle) : 0;

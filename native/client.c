@@ -99,15 +99,14 @@ int us_client_create(struct us_client **out, int uffd, int pid, uint64_t feature
     client->copy_out = copy_out != 0;
     client->canary = canary;
     client->server_cpu = client->apart_cpu = -1;
-    void *table = NULL, *channel = NULL;
-    client->table_fd = make_memfd("userswap-table", US_TABLE_SLOTS * sizeof(us_word), &table);
+    void *channel = NULL;
+    int rc = us_table_open(&client->table);
     client->channel_fd = make_memfd("userswap-channel", US_CHANNEL_TOTAL, &channel);
     client->order_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     client->done_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     client->loop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     client->helper_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     client->miss = calloc(US_MISSES, sizeof *client->miss);
-    client->table = table;
     client->channel = channel;
     pthread_rwlockattr_t attributes;
     pthread_rwlockattr_init(&attributes);
@@ -116,9 +115,9 @@ int us_client_create(struct us_client **out, int uffd, int pid, uint64_t feature
     pthread_rwlockattr_destroy(&attributes);
     pthread_mutex_init(&client->batch_lock, NULL);
     pthread_mutex_init(&client->miss_lock, NULL);
-    if (client->table_fd < 0 || client->channel_fd < 0 || client->order_fd < 0 || client->done_fd < 0 || client->loop_fd < 0 ||
+    if (rc || client->channel_fd < 0 || client->order_fd < 0 || client->done_fd < 0 || client->loop_fd < 0 ||
         client->helper_fd < 0 || !client->miss) {
-        int rc = client->table_fd < 0 ? client->table_fd : client->channel_fd < 0 ? client->channel_fd : -EMFILE;
+        rc = rc ? rc : client->channel_fd < 0 ? client->channel_fd : -EMFILE;
         us_client_destroy(client);
         return rc;
     }
@@ -132,9 +131,11 @@ int us_client_create(struct us_client **out, int uffd, int pid, uint64_t feature
 }
 
 int us_client_descriptors(const struct us_client *client, int which) {
-    const int descriptor[] = {client->table_fd, client->channel_fd, client->order_fd, client->done_fd, client->loop_fd};
+    const int descriptor[] = {client->table.fd, client->channel_fd, client->order_fd, client->done_fd, client->loop_fd};
     return which >= 0 && which < 5 ? descriptor[which] : -EINVAL;
 }
+
+uint64_t us_client_table_bytes(const struct us_client *client) { return us_table_bytes(&client->table); }
 
 void us_client_set_agent(struct us_client *client, uint64_t staging, int tid) {
     client->staging = staging;
@@ -213,12 +214,10 @@ void us_client_destroy(struct us_client *client) {
         region->pool = NULL;
         us_region_free(region);
     }
-    if (client->table)
-        munmap(client->table, US_TABLE_SLOTS * sizeof(us_word));
+    us_table_close(&client->table);
     if (client->channel)
         munmap(client->channel, US_CHANNEL_TOTAL);
-    const int descriptor[] = {client->table_fd, client->channel_fd, client->order_fd,
-                              client->done_fd,  client->loop_fd,    client->helper_fd};
+    const int descriptor[] = {client->channel_fd, client->order_fd, client->done_fd, client->loop_fd, client->helper_fd};
     for (unsigned i = 0; i < sizeof descriptor / sizeof *descriptor; i++)
         if (descriptor[i] >= 0)
             close(descriptor[i]);
@@ -258,7 +257,9 @@ static int relocate(void *owner, uint64_t slot, uint64_t from, uint64_t to) {
     struct us_client *client = owner;
     if (slot >= US_TABLE_SLOTS)
         return 0;
-    us_word *word = &client->table[slot];
+    us_word *word = us_table_peek(&client->table, slot);
+    if (!word)
+        return 0;
     uint64_t seen = atomic_load(word);
     while ((us_state_of(seen) == US_STORED || us_state_of(seen) == US_CLEAN) && us_handle_of(seen) == from)
         if (us_word_swap(word, &seen, us_with_handle(seen, to)))

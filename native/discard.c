@@ -12,7 +12,7 @@ static uint32_t generation_of(uint64_t word) { return (uint32_t)((word & US_GENE
 static void drop_resident(struct us_region *region, struct us_batch *batch, uint32_t index, uint64_t seen, uint32_t *mark) {
     uint64_t copy = us_handle_of(seen), next = us_with_handle(us_with_state(us_next_generation(seen), US_DROPPING), 0);
     bool poisoned = us_state_of(seen) == US_POISONED;
-    if (!us_word_swap(&region->word[index], &seen, next))
+    if (!us_word_swap(us_word_at(region, index), &seen, next))
         return;
     if (poisoned)
         us_reserve(region, 1, true); /* its room was given back; the end of the drop does so again */
@@ -24,7 +24,7 @@ static void drop_resident(struct us_region *region, struct us_batch *batch, uint
 /* What is only in the store, or on its way from an awaited store: ZERO at once. */
 static bool forget_stored(struct us_region *region, uint32_t index, uint64_t seen) {
     uint64_t handle = us_handle_of(seen), next = us_with_handle(us_with_state(us_next_generation(seen), US_ZERO), 0);
-    if (!us_word_swap(&region->word[index], &seen, next & ~US_WAITER))
+    if (!us_word_swap(us_word_at(region, index), &seen, next & ~US_WAITER))
         return false;
     if (us_state_of(seen) == US_STORED)
         us_drop_copy(region, handle, false);
@@ -36,7 +36,7 @@ static bool forget_stored(struct us_region *region, uint32_t index, uint64_t see
 /* True when the page has been ZERO since the discard began; false: it is on its way there, or passing through a state that ends
  * by itself. */
 static bool discard_page(struct us_region *region, struct us_batch *batch, uint32_t index, uint32_t *mark) {
-    uint64_t seen = atomic_load(&region->word[index]);
+    uint64_t seen = atomic_load(us_word_at(region, index));
     /* The generation is still the one that the drop gave it (a refusal counts on): it was dropped, what came since is younger. */
     if (*mark && *mark == generation_of(seen) + 1)
         return us_state_of(seen) != US_DROPPING;
@@ -78,9 +78,7 @@ int64_t us_region_discard(struct us_region *region, uint64_t first, uint64_t cou
         return -EINVAL;
     if (atomic_load(&region->closing))
         return -ECANCELED;
-    for (uint64_t i = us_pages_next(region, first); i < end; i++) {
-        if (i % 512 == 0 && (i = us_pages_next(region, i)) >= end)
-            break;
+    for (uint64_t i = us_extent_from(&region->extent, first); i < end; i = us_extent_next(&region->extent, i)) {
         uint32_t *its = &mark[i - first];
         if (*its == DONE)
             continue;
@@ -106,16 +104,19 @@ int64_t us_region_discard(struct us_region *region, uint64_t first, uint64_t cou
 uint64_t us_discard_begin(struct us_region *region, uint64_t first, uint32_t count) {
     uint64_t marked = 0;
     for (uint32_t i = 0; i < count && i < 64 && first + i < region->pages; i++) {
-        us_word *word = &region->word[first + i];
-        uint64_t seen = atomic_load(word);
+        us_word *word = us_word_peek(region, first + i); /* without a leaf: never written, the store has nothing */
+        uint64_t seen = word ? atomic_load(word) : US_BUSY;
         if (us_state_of(seen) == US_ZERO && !(seen & US_BUSY) && us_word_swap(word, &seen, seen | US_BUSY))
             marked |= 1ull << i;
     }
     return marked;
 }
 
+/* The first page at or after `first` that may be anything else than ZERO. */
+uint64_t us_region_next(const struct us_region *region, uint64_t first) { return us_extent_from(&region->extent, first); }
+
 void us_discard_end(struct us_region *region, uint64_t first, uint64_t pages) {
     for (uint32_t i = 0; i < 64; i++)
         if (pages >> i & 1)
-            us_word_clear(&region->word[first + i], US_BUSY);
+            us_word_clear(us_word_at(region, first + i), US_BUSY);
 }

@@ -37,14 +37,19 @@ static bool wants_eviction(struct us_region *region, uint64_t now) {
            !atomic_load(&client->quiet) && now >= atomic_load(&region->retry_ns);
 }
 
-/* The next region over its mark, held: the caller lets go of `users`. */
-static struct us_region *next_pressed(struct us_client *client) {
+static bool wants_table(struct us_region *region, uint64_t now) {
+    (void)now;
+    return us_extent_is_low(&region->extent) && !atomic_load(&region->closing);
+}
+
+/* The next region that wants it, held: the caller lets go of `users`. */
+static struct us_region *next_wanting(struct us_client *client, bool (*wants)(struct us_region *region, uint64_t now)) {
     struct us_region *found = NULL;
     uint64_t now = us_now();
     pthread_rwlock_rdlock(&client->map_lock);
     for (uint32_t i = 0; i < client->regions && !found; i++) {
         struct us_region *region = client->region[(client->round + i) % client->regions];
-        if (wants_eviction(region, now)) {
+        if (wants(region, now)) {
             found = region;
             client->round = (client->round + i + 1) % client->regions;
             atomic_fetch_add(&region->users, 1);
@@ -75,17 +80,17 @@ static uint32_t read_in_place(struct us_region *region, const uint32_t *index, u
 }
 
 static void keep_page(struct us_region *region, uint32_t index) {
-    us_word_clear(&region->word[index], US_BUSY);
+    us_word_clear(us_word_at(region, index), US_BUSY);
     us_queue_push(region, index);
 }
 
 /* CLEAN | BUSY -> DROPPING once the pool has the content.  Returns false when the page was written, or the pool is full. */
 static bool store_in_place(struct us_region *region, uint32_t index, const uint8_t *content, bool *full) {
-    us_word *word = &region->word[index];
+    us_word *word = us_word_at(region, index);
     uint64_t seen = atomic_load(word), handle;
     if (us_state_of(seen) != US_CLEAN)
         return false;
-    if (us_pool_put(region->pool, content, region->base + index, &handle)) {
+    if (us_pool_put(region->pool, content, region->extent.base + index, &handle)) {
         *full = true;
         return false;
     }
@@ -132,7 +137,7 @@ struct victims {
 
 /* Decide a page's fate by one swap of its word.  Its entry has left the queue, so QUEUED goes with the swap. */
 static void choose(struct us_region *region, uint32_t index, struct victims *victims, uint32_t slot_base) {
-    us_word *word = &region->word[index];
+    us_word *word = us_word_at(region, index);
     struct us_client *client = region->client;
     uint64_t seen = atomic_load(word);
     for (;;) {
@@ -274,7 +279,7 @@ static void rest(struct us_client *client) {
     /* only now: who presses after this look finds the worker asleep, and kicks it */
     int pressed_ms = next_try(client);
     open = orders_open(client);
-    if (!order_done(client) && !write_done(client) && !atomic_load(&client->stop)) {
+    if (!order_done(client) && !write_done(client) && !atomic_load(&client->table_low) && !atomic_load(&client->stop)) {
         struct pollfd wait = {.fd = client->done_fd, .events = POLLIN};
         poll(&wait, 1, open ? LOOK_FOR_LATE_MS : pressed_ms);
     }
@@ -285,10 +290,21 @@ static void rest(struct us_client *client) {
     (void)ignored;
 }
 
+static bool prepare_table(struct us_client *client) {
+    if (!atomic_load(&client->table_low) || !atomic_exchange(&client->table_low, false))
+        return false;
+    struct us_region *region;
+    while ((region = next_wanting(client, wants_table))) {
+        us_extent_prepare(&region->extent);
+        atomic_fetch_sub(&region->users, 1);
+    }
+    return true;
+}
+
 /* Finish what has come back, and send out a batch more if a region is over its mark. */
 static bool work(struct us_client *client) {
-    bool progress = us_reap(client) | us_finish_writes(client);
-    struct us_region *region = atomic_load(&client->gone) ? NULL : next_pressed(client);
+    bool progress = prepare_table(client) | us_reap(client) | us_finish_writes(client);
+    struct us_region *region = atomic_load(&client->gone) ? NULL : next_wanting(client, wants_eviction);
     if (region) {
         progress |= evict(client, region);
         if (region->pool && us_pool_wants_compaction(region->pool))

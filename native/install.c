@@ -36,7 +36,7 @@ static uint64_t own_busy(const struct us_region *region, uint64_t word) {
 
 /* End FILLING for a page that is installed. */
 static void filled(struct us_region *region, uint32_t index, bool writable, bool keep) {
-    us_word *word = &region->word[index];
+    us_word *word = us_word_at(region, index);
     uint64_t seen = atomic_load(word); /* FILLING: the handle is ours */
     uint64_t copy = region->pool ? us_handle_of(seen) : 0;
     int64_t cost = copy ? (int64_t)us_pool_cost(region->pool, copy) : 0;
@@ -55,7 +55,7 @@ static void filled(struct us_region *region, uint32_t index, bool writable, bool
 
 /* End FILLING for a page that could not be installed: it is what it was. */
 static void unfilled(struct us_region *region, uint32_t index) {
-    us_word *word = &region->word[index];
+    us_word *word = us_word_at(region, index);
     uint64_t seen = atomic_load(word), handle = us_handle_of(seen);
     enum us_state to = handle ? US_STORED : US_ZERO; /* what is neither in a pool nor awaited is zeros */
     uint64_t old = us_word_leave(word, US_FILLING, to, region->pool ? handle : 0, own_busy(region, seen), 0);
@@ -128,7 +128,7 @@ static uint32_t widen(struct us_region *region, uint32_t first, uint32_t ahead, 
     if (ahead > US_RUN_MAX - 1)
         ahead = US_RUN_MAX - 1;
     while (count <= ahead && first + count < region->pages) {
-        us_word *word = &region->word[first + count];
+        us_word *word = us_word_at(region, first + count);
         uint64_t seen = atomic_load(word);
         if (us_state_of(seen) != kind || (seen & US_BUSY))
             break;
@@ -146,7 +146,7 @@ static uint32_t widen(struct us_region *region, uint32_t first, uint32_t ahead, 
 
 static bool fetch(struct us_region *region, uint32_t first, uint32_t count, uint8_t *buffer) {
     for (uint32_t i = 0; i < count; i++) {
-        uint64_t handle = us_handle_of(atomic_load(&region->word[first + i]));
+        uint64_t handle = us_handle_of(atomic_load(us_word_at(region, first + i)));
         if (us_pool_get(region->pool, handle, buffer + (uint64_t)i * US_PAGE))
             return false;
     }
@@ -163,7 +163,7 @@ static void poison(struct us_region *region, uint32_t index) {
         return; /* FILLING for ever: blocked, never zeros */
     }
     us_uffd_poison(client->uffd, us_address(region, index), US_PAGE);
-    uint64_t old = us_word_leave(&region->word[index], US_FILLING, US_POISONED, 0, US_BUSY, 0);
+    uint64_t old = us_word_leave(us_word_at(region, index), US_FILLING, US_POISONED, 0, US_BUSY, 0);
     us_wake_page(region, index, old | US_WAITER);
     if (region->pool)
         us_pool_free(region->pool, us_handle_of(old));
@@ -173,7 +173,7 @@ static void poison(struct us_region *region, uint32_t index) {
  * changed, look again. */
 bool us_fill_native(struct us_region *region, uint32_t first, uint64_t word, uint32_t ahead, bool write, bool keep) {
     enum us_state kind = us_state_of(word);
-    if (!us_word_swap(&region->word[first], &word, us_with_state(word & ~US_AHEAD, US_FILLING))) {
+    if (!us_word_swap(us_word_at(region, first), &word, us_with_state(word & ~US_AHEAD, US_FILLING))) {
         us_release(region, US_PAGE);
         return false;
     }
@@ -209,7 +209,7 @@ int us_fill_done(struct us_region *region, const struct us_miss *miss, const uin
     for (uint32_t i = 0; i < miss->count;) {
         uint32_t n = 0;
         for (; i + n < miss->count; n++) {
-            uint64_t seen = atomic_load(&region->word[miss->first + i + n]);
+            uint64_t seen = atomic_load(us_word_at(region, miss->first + i + n));
             bool ours = us_state_of(seen) == US_FILLING && us_handle_of(seen) == miss->ticket;
             if (!ours && !us_canary_on(region->client, US_CANARY_FILL_AFTER_DISCARD))
                 break;
@@ -233,7 +233,7 @@ int us_fill_done(struct us_region *region, const struct us_miss *miss, const uin
 uint64_t us_fill_failed(struct us_region *region, const struct us_miss *miss, int lost) {
     uint64_t void_pages = 0;
     for (uint32_t i = 0; i < miss->count; i++) {
-        uint64_t seen = atomic_load(&region->word[miss->first + i]);
+        uint64_t seen = atomic_load(us_word_at(region, miss->first + i));
         bool ours = us_state_of(seen) == US_FILLING && us_handle_of(seen) == miss->ticket;
         if (!ours) {
             void_pages |= 1ull << i;

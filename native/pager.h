@@ -10,12 +10,11 @@
 #include "pool.h"
 #include "readahead.h"
 #include "stats.h"
-#include "word.h"
+#include "table.h"
 #include <pthread.h>
 #include <signal.h>
 #include <stdbool.h>
 
-#define US_TABLE_SLOTS (1ull << 32) /* pages of one client, all regions together: 16 TiB */
 #define US_RUN_MAX 32u              /* pages that one install may bring */
 #define US_MISSES 8192u             /* faults waiting for the asyncio loop; a power of two */
 #define US_LATE_NS 100000000ull     /* an order that waits this long is late: the budget yields, the fault does not wait */
@@ -80,8 +79,8 @@ struct us_client;
 
 struct us_region {
     struct us_client *client;
-    uint64_t start, pages, base; /* base: first slot in the client's table */
-    us_word *word;
+    uint64_t start, pages;
+    struct us_extent extent; /* its words */
     struct us_pool *pool; /* NULL: the store is awaited */
     bool grow;
     _Atomic bool closing;
@@ -104,13 +103,13 @@ struct us_region {
 };
 
 struct us_client {
-    int uffd, table_fd, channel_fd, order_fd, done_fd, loop_fd;
+    int uffd, channel_fd, order_fd, done_fd, loop_fd;
     int pid;
     int agent_tid; /* reads go by the agent's thread: the main thread may have ended before its process */
     uint64_t features;
     uint32_t canary;
     bool copy_out; /* staging is read by the agent: process_vm_readv is refused */
-    us_word *table;
+    struct us_table table;
     struct us_channel *channel;
     uint64_t staging; /* address in the client */
     pthread_rwlock_t map_lock;
@@ -123,6 +122,7 @@ struct us_client {
     uint32_t order_posted, order_reaped;
     uint32_t order_batch[US_ORDERS]; /* batch + 1, or 0: revoked */
     _Atomic uint32_t worker_asleep;
+    _Atomic bool table_low; /* a region's table wants memory ahead */
     _Atomic bool agent_late, stop, gone, quiet;
     pthread_mutex_t miss_lock;
     struct us_miss *miss;
@@ -153,6 +153,7 @@ void us_client_destroy(struct us_client *client);
 void us_client_say(struct us_client *client, const char *text, int waiting);
 int us_client_quiet(struct us_client *client);
 int us_client_gone(struct us_client *client);
+uint64_t us_client_table_bytes(const struct us_client *client);
 void us_client_own_pool(struct us_client *client, struct us_pool *pool);
 void us_tell_loop(struct us_client *client);
 void us_kick_worker(struct us_client *client);
@@ -172,11 +173,11 @@ struct us_region *us_region_find(struct us_client *client, uint64_t address);
 bool us_reserve(struct us_region *region, uint32_t pages, bool force);
 bool us_reserve_ahead(struct us_region *region);
 void us_release(struct us_region *region, int64_t bytes);
+us_word *us_word_make(struct us_region *region, uint64_t index);
 void us_queue_push(struct us_region *region, uint32_t index);
 uint32_t us_queue_pop(struct us_region *region, uint32_t *index, uint32_t most);
 void us_wake_page(struct us_region *region, uint32_t index, uint64_t old_word);
 void us_drop_copy(struct us_region *region, uint64_t handle, bool was_kept);
-uint64_t us_pages_next(struct us_region *region, uint64_t index);
 
 /* install.c */
 int us_install(struct us_region *region, uint32_t first, uint32_t count, const uint8_t *data, bool writable, bool keep);
@@ -220,6 +221,7 @@ int64_t us_region_prefetch(struct us_region *region, uint64_t first, uint64_t co
 
 /* discard.c */
 int64_t us_region_discard(struct us_region *region, uint64_t first, uint64_t count, uint32_t *mark);
+uint64_t us_region_next(const struct us_region *region, uint64_t first);
 uint64_t us_discard_begin(struct us_region *region, uint64_t first, uint32_t count);
 void us_discard_end(struct us_region *region, uint64_t first, uint64_t pages);
 
@@ -228,6 +230,14 @@ void us_place(struct us_client *client, uint32_t thread_id, uint64_t now);
 
 static inline bool us_canary_on(const struct us_client *client, enum us_canary canary) {
     return __builtin_expect((client->canary & (uint32_t)canary) != 0, 0);
+}
+/* The word of a page; NULL: it has none, and is ZERO. */
+static inline us_word *us_word_peek(const struct us_region *region, uint64_t index) {
+    return us_extent_peek(&region->extent, index);
+}
+static inline us_word *us_word_at(struct us_region *region, uint64_t index) {
+    us_word *word = us_word_peek(region, index);
+    return __builtin_expect(word != NULL, 1) ? word : us_word_make(region, index);
 }
 static inline uint64_t us_address(const struct us_region *region, uint64_t index) {
     return region->start + (index << US_PAGE_SHIFT);

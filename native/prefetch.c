@@ -15,8 +15,8 @@ void us_await_ahead(struct us_region *region, uint32_t first, uint32_t count, ui
     if (count > US_RUN_MAX)
         count = US_RUN_MAX;
     while (miss.count < count && first + miss.count < region->pages) {
-        us_word *word = &region->word[first + miss.count];
-        uint64_t seen = atomic_load(word);
+        us_word *word = us_word_peek(region, first + miss.count);
+        uint64_t seen = word ? atomic_load(word) : US_ZERO;
         if (us_state_of(seen) != US_STORED || (seen & US_BUSY) || !us_reserve_ahead(region))
             break;
         uint64_t filling = us_with_handle(us_with_state(seen, US_FILLING), miss.ticket) | US_BUSY | US_AHEAD;
@@ -35,7 +35,8 @@ void us_await_ahead(struct us_region *region, uint32_t first, uint32_t count, ui
 
 /* One page that nobody waits for; false when there is no room. */
 static bool read_one(struct us_region *region, uint32_t index, bool write, bool keep, uint64_t now) {
-    uint64_t seen = atomic_load(&region->word[index]);
+    us_word *word = us_word_peek(region, index);
+    uint64_t seen = word ? atomic_load(word) : US_ZERO;
     if (us_state_of(seen) != US_STORED || (seen & US_BUSY))
         return true;
     if (!region->pool) {
@@ -61,11 +62,11 @@ void us_read_strided(struct us_region *region, uint32_t index, struct us_ahead a
 /* Bring stored pages of a range in, as the program asks.  Returns how many pages of the range were dealt with: fewer than `count`
  * when there is no room at the moment. */
 int64_t us_region_prefetch(struct us_region *region, uint64_t first, uint64_t count) {
-    uint64_t now = us_now(), done = 0;
+    uint64_t now = us_now(), end = first + count < region->pages ? first + count : region->pages;
     if (atomic_load(&region->closing))
         return -ECANCELED;
-    for (; done < count && first + done < region->pages; done++)
-        if (!read_one(region, (uint32_t)(first + done), false, false, now))
-            break;
-    return (int64_t)done;
+    uint64_t i = us_extent_from(&region->extent, first);
+    while (i < end && read_one(region, (uint32_t)i, false, false, now))
+        i = us_extent_next(&region->extent, i);
+    return (int64_t)((i < end ? i : end) - first);
 }

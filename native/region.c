@@ -2,11 +2,9 @@
 #define _GNU_SOURCE
 #include "pager.h"
 #include "uffd.h"
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #define QUEUE_FIRST 1024u
 
@@ -76,6 +74,14 @@ void us_release(struct us_region *region, int64_t bytes) {
         us_uffd_wake(region->client->uffd, region->start, region->pages << US_PAGE_SHIFT);
 }
 
+/* The worker gets memory for the next nodes meanwhile. */
+us_word *us_word_make(struct us_region *region, uint64_t index) {
+    us_word *word = us_extent_make(&region->extent, index);
+    if (us_extent_is_low(&region->extent) && !atomic_exchange(&region->client->table_low, true))
+        us_kick_worker(region->client);
+    return word;
+}
+
 static bool queue_grow(struct us_queue *queue) {
     uint64_t size = queue->size ? queue->size * 2 : QUEUE_FIRST;
     uint32_t *entry = mmap(NULL, size * sizeof *entry, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -92,14 +98,14 @@ static bool queue_grow(struct us_queue *queue) {
 
 /* Give a page its entry in the queue, unless it has one. */
 void us_queue_push(struct us_region *region, uint32_t index) {
-    if (atomic_fetch_or(&region->word[index], US_QUEUED) & US_QUEUED)
+    if (atomic_fetch_or(us_word_at(region, index), US_QUEUED) & US_QUEUED)
         return;
     struct us_queue *queue = &region->queue;
     pthread_mutex_lock(&queue->lock);
     if (queue->head - queue->tail < queue->size || queue_grow(queue))
         queue->entry[queue->head++ & (queue->size - 1)] = index;
     else
-        us_word_clear(&region->word[index], US_QUEUED); /* no memory for the queue: the page stays until it is touched again */
+        us_word_clear(us_word_at(region, index), US_QUEUED); /* no memory for the queue: the page stays until it is touched again */
     pthread_mutex_unlock(&queue->lock);
 }
 
@@ -133,6 +139,7 @@ void us_drop_copy(struct us_region *region, uint64_t handle, bool was_kept) {
 }
 
 static void free_region(struct us_region *region) {
+    us_extent_close(&region->extent);
     if (region->queue.entry)
         munmap(region->queue.entry, region->queue.size * sizeof *region->queue.entry);
     pthread_mutex_destroy(&region->queue.lock);
@@ -142,16 +149,19 @@ static void free_region(struct us_region *region) {
 
 int us_region_open(struct us_client *client, uint64_t start, uint64_t pages, uint64_t base, uint64_t limit, struct us_pool *pool,
                    int grow, const struct us_prefetch *prefetch, struct us_region **out) {
-    if (!pages || pages > UINT32_MAX || base + pages > US_TABLE_SLOTS || (start & (US_PAGE - 1)))
+    if (!pages || pages > UINT32_MAX || (start & (US_PAGE - 1)))
         return -EINVAL;
     struct us_region *region = calloc(1, sizeof *region);
     if (!region)
         return -ENOMEM;
+    int rc = us_extent_open(&region->extent, &client->table, base, pages);
+    if (rc) {
+        free(region);
+        return rc;
+    }
     region->client = client;
     region->start = start;
     region->pages = pages;
-    region->base = base;
-    region->word = client->table + base;
     region->pool = pool;
     region->grow = grow != 0;
     region->prefetch = prefetch;
@@ -159,7 +169,7 @@ int us_region_open(struct us_client *client, uint64_t start, uint64_t pages, uin
     pthread_mutex_init(&region->queue.lock, NULL);
     us_region_limit(region, limit);
     pthread_rwlock_wrlock(&client->map_lock);
-    int rc = region->prefetch_state ? 0 : -ENOMEM;
+    rc = region->prefetch_state ? 0 : -ENOMEM;
     for (uint32_t i = 0; i < client->regions && rc == 0; i++) {
         const struct us_region *other = client->region[i];
         if (start < us_address(other, other->pages) && other->start < start + (pages << US_PAGE_SHIFT))
@@ -201,31 +211,15 @@ void us_region_resume(struct us_region *region) {
     us_kick_worker(region->client);
 }
 
-/* The first page at or after `index` whose word may be non-zero: the table is sparse, and reading a hole would fill it. */
-uint64_t us_pages_next(struct us_region *region, uint64_t index) {
-    off_t offset = (off_t)((region->base + index) * sizeof(us_word));
-    off_t data = lseek(region->client->table_fd, offset, SEEK_DATA);
-    if (data < 0)
-        return region->pages;
-    uint64_t found = data <= offset ? index : (uint64_t)data / sizeof(us_word) - region->base;
-    return found < region->pages ? found : region->pages;
-}
-
 static void forget_pages(struct us_region *region) {
-    for (uint64_t i = us_pages_next(region, 0); i < region->pages; i++) {
-        if (i % 512 == 0 && (i = us_pages_next(region, i)) >= region->pages)
-            break;
-        uint64_t word = atomic_exchange(&region->word[i], 0);
+    const struct us_extent *extent = &region->extent;
+    for (uint64_t i = us_extent_from(extent, 0); region->pool && i < region->pages; i = us_extent_next(extent, i)) {
+        uint64_t word = atomic_exchange(us_word_at(region, i), 0);
         enum us_state state = us_state_of(word);
         bool holds = state == US_STORED || state == US_CLEAN || state == US_DROPPING || state == US_UNPROTECTING || state == US_FILLING;
-        if (region->pool && holds && us_handle_of(word))
+        if (holds && us_handle_of(word))
             us_pool_free(region->pool, us_handle_of(word));
     }
-    /* whole pages of the table only: a neighbour's words may share the first and the last */
-    uint64_t from = (region->base * sizeof(us_word) + US_PAGE - 1) & ~(uint64_t)(US_PAGE - 1);
-    uint64_t to = (region->base + region->pages) * sizeof(us_word) & ~(uint64_t)(US_PAGE - 1);
-    if (from < to)
-        fallocate(region->client->table_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)from, (off_t)(to - from));
 }
 
 /* After quiesce: no fault finds the region any more.  `unmapped`: the client's memory is gone already, its address may be

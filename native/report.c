@@ -61,15 +61,14 @@ struct us_region *us_client_full(struct us_client *client) {
     return found;
 }
 
-/* Pages by state.  ZERO counts every page whose word was never written. */
+/* Pages by state.  ZERO counts every page without a leaf. */
 void us_region_census(struct us_region *region, uint64_t *pages) {
     for (unsigned i = 0; i < US_STATES; i++)
         pages[i] = 0;
     uint64_t seen = 0;
-    for (uint64_t i = us_pages_next(region, 0); i < region->pages; i++) {
-        if (i % 512 == 0 && (i = us_pages_next(region, i)) >= region->pages)
-            break;
-        enum us_state state = us_state_of(atomic_load_explicit(&region->word[i], memory_order_relaxed));
+    const struct us_extent *extent = &region->extent;
+    for (uint64_t i = us_extent_from(extent, 0); i < region->pages; i = us_extent_next(extent, i)) {
+        enum us_state state = us_state_of(atomic_load_explicit(us_word_at(region, i), memory_order_relaxed));
         pages[state < US_STATES ? state : US_ZERO]++; /* the client holds the table too */
         seen++;
     }

@@ -31,13 +31,13 @@ static bool park(struct us_region *region) {
 
 static bool forget(struct us_region *region, uint32_t index, uint64_t seen) {
     us_count(&region->count.forgotten, 1);
-    return us_word_swap(&region->word[index], &seen, seen | US_WAITER);
+    return us_word_swap(us_word_at(region, index), &seen, seen | US_WAITER);
 }
 
 /* A message for a resident page.  Under UNPROTECTING no evictor can take the page away while the ioctl acts on it. */
 static bool resolve_resident(struct us_region *region, uint32_t index, uint64_t seen, bool protect) {
     struct us_client *client = region->client;
-    us_word *word = &region->word[index];
+    us_word *word = us_word_at(region, index);
     uint64_t address = us_address(region, index), copy = us_handle_of(seen), done;
     bool clean = us_state_of(seen) == US_CLEAN;
     if (clean && protect && us_canary_on(client, US_CANARY_STALE_CLEAN)) {
@@ -78,7 +78,7 @@ static bool rescue(struct us_region *region, uint32_t index, uint64_t seen) {
     uint64_t where = us_handle_of(seen) - 1;
     struct us_batch *batch = &client->batch[where / US_BATCH_PAGES % US_BATCHES];
     atomic_fetch_add(&batch->pins, 1);
-    bool ours = us_word_swap(&region->word[index], &seen, us_with_handle(us_with_state(seen, US_FILLING), 0));
+    bool ours = us_word_swap(us_word_at(region, index), &seen, us_with_handle(us_with_state(seen, US_FILLING), 0));
     if (!ours) {
         us_release(region, US_PAGE);
     } else {
@@ -96,7 +96,7 @@ static bool await_store(struct us_region *region, uint32_t index, uint64_t seen,
     struct us_client *client = region->client;
     uint64_t ticket = us_next_ticket(client);
     uint64_t filling = us_with_handle(us_with_state(seen & ~US_AHEAD, US_FILLING), ticket) | US_BUSY;
-    if (!us_word_swap(&region->word[index], &seen, filling)) {
+    if (!us_word_swap(us_word_at(region, index), &seen, filling)) {
         us_release(region, US_PAGE);
         return false;
     }
@@ -131,7 +131,7 @@ static uint32_t ask_policy(struct fault *fault) {
 static bool answer(struct fault *fault) {
     struct us_region *region = fault->region;
     uint32_t index = fault->index, run;
-    uint64_t seen = atomic_load(&region->word[index]);
+    uint64_t seen = atomic_load(us_word_at(region, index));
     bool write = fault->flags & (US_FAULT_WRITE | US_FAULT_WP);
     enum us_state state = us_state_of(seen);
     switch (state) {

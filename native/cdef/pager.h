@@ -19,6 +19,7 @@ void us_client_destroy(struct us_client *client);
 void us_client_say(struct us_client *client, const char *text, int waiting);
 int us_client_quiet(struct us_client *client);
 int us_client_gone(struct us_client *client);
+uint64_t us_client_table_bytes(const struct us_client *client);
 void us_client_own_pool(struct us_client *client, struct us_pool *pool);
 
 int us_region_open(struct us_client *client, uint64_t start, uint64_t pages, uint64_t base, uint64_t limit,
@@ -38,6 +39,7 @@ uint64_t us_client_batches(const struct us_client *client);
 int us_take_writes(struct us_client *client, uint32_t *batches, int most);
 int us_write_done(struct us_client *client, uint32_t batch, uint64_t accepted, int full);
 int64_t us_region_discard(struct us_region *region, uint64_t first, uint64_t count, uint32_t *mark);
+uint64_t us_region_next(const struct us_region *region, uint64_t first);
 uint64_t us_discard_begin(struct us_region *region, uint64_t first, uint32_t count);
 void us_discard_end(struct us_region *region, uint64_t first, uint64_t pages);
 int64_t us_region_prefetch(struct us_region *region, uint64_t first, uint64_t count);
