@@ -20,6 +20,7 @@ struct stream {
 struct streams {
     struct stream stream[STREAMS];
     int64_t recent[RECENT]; /* faults of no stream */
+    uint32_t low[RECENT];   /* their low halves, apart: four to a vector */
     uint32_t recent_count, clock;
 };
 
@@ -52,8 +53,18 @@ static int64_t steps_past(const struct stream *stream, int64_t page) {
     return distance % stream->stride ? 0 : distance / stream->stride;
 }
 
+/* Whether any of them may lie near: for a random fault, which is most often alone, this is all the work. */
+static bool may_be_near(const struct streams *streams, int64_t page) {
+    uint32_t from = (uint32_t)page - DISTANCE_MAX, near = 0;
+    for (unsigned i = 0; i < RECENT; i++)
+        near |= streams->low[i] - from <= 2 * DISTANCE_MAX;
+    return near;
+}
+
 /* Three faults at one distance begin a stream. */
 static int64_t find_stride(const struct streams *streams, int64_t page) {
+    if (!may_be_near(streams, page))
+        return 0;
     for (unsigned i = 1; i <= RECENT; i++) {
         int64_t other = streams->recent[(streams->recent_count - i) % RECENT];
         int64_t distance = page - other;
@@ -79,7 +90,9 @@ static struct us_ahead streams_fault(void *state, int64_t page) {
     }
     int64_t stride = find_stride(streams, page);
     if (!stride) {
-        streams->recent[streams->recent_count++ % RECENT] = page;
+        unsigned at = streams->recent_count++ % RECENT;
+        streams->recent[at] = page;
+        streams->low[at] = (uint32_t)page;
         return (struct us_ahead){0, 0};
     }
     *oldest = (struct stream){.stride = stride, .window = WINDOW_FIRST};

@@ -186,7 +186,8 @@ int us_serve(struct us_client *client, int rounds) {
     struct us_uffd_message message[MESSAGES];
     int served = 0;
     while (rounds-- > 0) {
-        ssize_t length = read(client->uffd, message, sizeof message);
+        /* not read(): as a cancellation point that pays two atomic operations a call in a process of several threads */
+        ssize_t length = syscall(SYS_read, client->uffd, message, sizeof message);
         if (length < 0)
             return errno == EAGAIN || errno == EINTR ? served : -errno;
         uint64_t now = us_now();
