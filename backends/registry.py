@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 
 from userswap.backends.grammar import LayerSpec, StackSpec, parse_store_url
@@ -55,25 +55,31 @@ def foreign_layers(spec: StackSpec) -> list[str]:
     return names + [spec.store.name] * (spec.store.name not in _OWN_STORES)
 
 
-async def open_stack(url: str, geometry: Geometry) -> Store:
+async def open_stack(
+    url: str, geometry: Geometry, *, wrap: Callable[[Store], Store] = lambda store: store
+) -> Store:
     """Open the store that `url` names, under its filters. What is wrong with the URL itself is a
-    GrammarError; what cannot be opened, a StoreError."""
-    return await _Below(parse(url), 0).open(geometry)
+    GrammarError; what cannot be opened, a StoreError.
+
+    `wrap` puts something between the filters and the store, as who tests filters wants to.
+    """
+    return await _Below(parse(url), 0, wrap).open(geometry)
 
 
 class _Below:
     """The layers of a stack from the one at `depth` inwards."""
 
-    def __init__(self, spec: StackSpec, depth: int) -> None:
+    def __init__(self, spec: StackSpec, depth: int, wrap: Callable[[Store], Store]) -> None:
         self._spec = spec
         self._depth = depth
+        self._wrap = wrap
 
     async def open(self, geometry: Geometry) -> Store:
         if self._depth == len(self._spec.filters):
             layer = self._spec.store
-            return await _open(stores()[layer.name], layer, geometry)
+            return self._wrap(await _open(stores()[layer.name], layer, geometry))
         layer = self._spec.filters[self._depth]
-        below = _Below(self._spec, self._depth + 1)
+        below = _Below(self._spec, self._depth + 1, self._wrap)
         return await _open(filters()[layer.name], layer, geometry, below)
 
     async def open_url(self, url: str, geometry: Geometry) -> Store:

@@ -1,0 +1,45 @@
+"""Every store and every filter keeps the contract; and the suite tells those that do not."""
+
+import pytest
+
+from userswap.backends.conformance import CHECKS, Check, ConformanceError, perform, run
+from userswap.backends.memory import MemoryStore
+from userswap.backends.store import Store
+from wrong_stores import WRONG, HarnessOf
+
+LIMITED = {
+    "memory:": "memory:?limit=1MiB",
+    "ram:lz4": "ram:lz4?limit=1MiB",
+    "ram:zstd?level=3": "ram:zstd?limit=1MiB",
+    "ram:none": "ram:none?limit=1MiB",
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("url", LIMITED)
+def test_stores(url: str, check: Check, seed: int) -> None:
+    run(check, url, limited=LIMITED[url], seed=seed)
+
+
+# --- the suite itself ---
+
+
+def test_every_check_has_a_store_that_it_catches() -> None:
+    assert {check.__name__ for check in CHECKS} == set(WRONG.values())
+
+
+@pytest.mark.parametrize("kind", WRONG)
+async def test_wrong_stores_are_caught(kind: type[Store]) -> None:
+    (check,) = (check for check in CHECKS if check.__name__ == WRONG[kind])
+    with pytest.raises((ConformanceError, OSError)):
+        await perform(check, HarnessOf(kind))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+async def test_the_same_stores_without_the_fault_pass(check: Check) -> None:
+    await perform(check, HarnessOf(MemoryStore))
+
+
+async def test_what_does_not_apply_is_said() -> None:
+    (check,) = (check for check in CHECKS if "flushed" in check.__name__)
+    assert await perform(check, HarnessOf(MemoryStore)) == "it is not durable"
