@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from userswap.backends.harness import (
@@ -248,12 +248,13 @@ async def check_closed_twice_and_used_after(harness: Harness) -> None:
     await store.aclose()
     await store.aclose()
     run_ = Run(1, memoryview(bytearray(store.page_size)))
-    for name, call in (
-        ("read", lambda: store.read([run_])),
-        ("write", lambda: store.write([run_])),
-        ("discard", lambda: store.discard(1, 1)),
-        ("flush", store.flush),
-    ):
+    calls: dict[str, Callable[[], Awaitable[None]]] = {
+        "read": lambda: store.read([run_]),
+        "write": lambda: store.write([run_]),
+        "discard": lambda: store.discard(1, 1),
+        "flush": store.flush,
+    }
+    for name, call in calls.items():
         try:
             await call()
         except StoreFailedError:
