@@ -29,7 +29,7 @@ _OWN_STORES = {
 }
 _OWN_FILTERS = {
     name: f"userswap.backends.filters.{name}:open_filter"
-    for name in ("checksum", "delay", "faulty", "retry", "stats")
+    for name in ("checksum", "delay", "encrypt", "faulty", "retry", "stats")
 }
 _EXAMPLES = ("ram:lz4", "ram:zstd", "memory:")
 """What a URL that is only a word may have been meant to be."""

@@ -214,7 +214,7 @@ def touch_a_lost_page(*, page: int) -> None:
 
 def touch_a_damaged_page(*, stack: str) -> None:
     """One bit is wrong in the store: one page is lost, to who touches that page alone."""
-    url = f"{stack}trial:?flip=40"
+    url = f"{stack}trial:?flip=100"
     with Region(4 * MIB, resident=LEAST, store=url, prefetch="none") as region:
         fill(region)
         region.prefetch(0, region.size)  # what was loaded is stored again, and nothing is worse

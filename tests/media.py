@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +23,22 @@ from userswap.backends.store import (
 )
 
 PAGE = PAGE_SIZE
+
+
+_folder = tempfile.TemporaryDirectory(prefix="userswap-keys-")
+
+
+def key_file(number: int = 0) -> str:
+    """A file with a key of its own."""
+    path = os.path.join(_folder.name, str(number))
+    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(random.Random(number).randbytes(32))
+    return path
+
+
+def completed(stack: str) -> str:
+    """A stack as tests write it, with the key that `encrypt::` needs."""
+    return stack.replace("encrypt::", f"encrypt?key_file={key_file()}::")
 
 
 class Killed(BaseException):
@@ -127,7 +145,7 @@ class Under:
 
 async def open_over(medium: Medium, stack: str, geometry: Geometry) -> Store:
     """Open one filter, written as in a URL, over a medium."""
-    layer = registry.parse(f"{stack}memory:").filters[0]
+    layer = registry.parse(f"{completed(stack)}memory:").filters[0]
     opened = registry.filters()[layer.name].load()(layer, geometry, Under(medium))
     store = await opened
     assert isinstance(store, Store)

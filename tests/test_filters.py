@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from media import PAGE, History, Killed, Medium, content, open_over, read, write
+from media import PAGE, History, Killed, Medium, completed, content, open_over, read, write
 from userswap.backends.registry import open_stack
 from userswap.backends.store import (
     Geometry,
@@ -25,11 +25,12 @@ PAGES = 1000
 FILTERS = (
     "checksum::",
     "delay?read=20us&write=50us&jitter=on::",
+    "encrypt::",
     "faulty?read=n999999::",
     "retry::",
     "stats::",
 )
-SEALED = ("checksum::",)
+SEALED = ("checksum::", "encrypt::")
 UNDER = ("memory:", "ram:lz4", "medium")
 STACKS = list(itertools.product(FILTERS, UNDER))
 
@@ -37,7 +38,7 @@ STACKS = list(itertools.product(FILTERS, UNDER))
 async def opened(stack: str, under: str, geometry: Geometry) -> Store:
     if under == "medium":
         return await open_over(Medium(), stack, geometry)
-    return await open_stack(stack + under, geometry)
+    return await open_stack(completed(stack) + under, geometry)
 
 
 @pytest.mark.parametrize("size", [4096, 65536])
@@ -114,12 +115,13 @@ async def test_promises_and_sizes_are_passed_on(stack: str) -> None:
     assert store.durable
     assert store.space == "a test's medium"
     assert store.checked == (stack in SEALED)
+    assert store.encrypted == (stack == "encrypt::")
     assert medium.asked is not None
     assert (medium.asked.page_count == PAGES) == (stack not in SEALED)
     whole = await open_over(Medium(), stack, Geometry())
     assert PAGES < whole.page_count <= 1100
     await write(whole, whole.page_count - 1, b"\x07" * PAGE)
-    assert not (await open_stack(f"{stack}memory:", Geometry(8))).durable
+    assert not (await open_stack(f"{completed(stack)}memory:", Geometry(8))).durable
 
 
 @pytest.mark.parametrize("error", [TransientError, StoreFullError])

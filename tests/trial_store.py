@@ -7,7 +7,7 @@ entry point, as a third party's would be (see `proof.Child`).
     on, how       which operations (read, write, discard, flush or any), and with which error
     sticky        every later one fails too
     lost          a page that can never be read
-    flip          a page of which one bit is not what was written
+    flip          the N-th page that is written in a run of eight or more has one wrong bit since
     read_delay, write_delay
                   each call takes a random share of that time: a write lands late, a read returns
                   what was there when it began. Later calls overtake earlier ones.
@@ -69,7 +69,8 @@ class TrialStore(Store):
         self._how = options.choice("how", "transient", FAILURES)
         self._sticky = options.boolean("sticky", False)
         self._lost = options.integer("lost", -1, low=0, high=page_count - 1)
-        self._flip = options.integer("flip", -1, low=0, high=page_count - 1)
+        self._flip = options.integer("flip", 0, low=0, high=1 << 40)
+        self._flipped = -1
         self._read_delay = options.duration("read_delay", 0.0)
         self._write_delay = options.duration("write_delay", 0.0)
         self._rare = options.integer("rare", 1, low=1, high=1 << 20)
@@ -106,6 +107,12 @@ class TrialStore(Store):
             self._count("write", pages)
             content = b"".join(bytes(run.buffer) for run in runs)
             await self._wait(self._write_delay)
+            for run in runs:
+                written = pages_of(self, run)
+                if len(written) >= 8:
+                    if 0 < self._flip <= len(written):
+                        self._flipped = written[self._flip - 1]
+                    self._flip -= len(written)
             for place, page in enumerate(pages):
                 self._pages[page] = content[place * PAGE : (place + 1) * PAGE]
 
@@ -126,7 +133,7 @@ class TrialStore(Store):
 
     def _content(self, page: int) -> bytes:
         found = bytearray(self._pages.get(page, bytes(PAGE)))
-        if page == self._flip:
+        if page == self._flipped and page in self._pages:
             found[PAGE // 3] ^= 4
         return bytes(found)
 
