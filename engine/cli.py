@@ -57,6 +57,7 @@ COMMANDS = (
     Command(
         "demo", "userswap.bench.demo", "page real data through compressed RAM and verify all of it"
     ),
+    Command("serve", "userswap.engine.serve", "one pager for many programs, within one budget"),
     Command(
         "doctor", "userswap.engine.doctor", "what this kernel and user may do, and the remedies"
     ),

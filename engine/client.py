@@ -1,6 +1,7 @@
 """The client's side of a pager: starts it, holds the descriptors, runs the agent.
 
-One per process, made by the first region and ended with the last. The client keeps its own copies
+One for each pager that the process uses, its own or a daemon, made by the first region there and
+ended with the last. The client keeps its own copies
 of the userfaultfd and of every memfd: if the last copy of a userfaultfd closed, evicted pages would
 silently read as zeros.
 
@@ -27,8 +28,9 @@ from typing import Any
 from userswap.backends.grammar import format_size
 from userswap.engine import probe
 from userswap.engine.control import Caller, Message, Pending
-from userswap.engine.errors import ConfigError, PagerError, UnsupportedError
+from userswap.engine.errors import ConfigError, PagerError, ReleasedError, UnsupportedError
 from userswap.engine.keeper import Keeper
+from userswap.engine.listening import dial
 from userswap.native import check, ffi, lib
 
 FAULT_PATHS = ("native", "asyncio")
@@ -46,8 +48,15 @@ class Settings:
     """What holds for a whole process: the same for every region while any is open."""
 
     def __init__(
-        self, fault_path: str, on_pager_death: str, user_mode_only: bool, placement: str
+        self,
+        fault_path: str,
+        on_pager_death: str,
+        user_mode_only: bool,
+        placement: str,
+        pager: str | None = None,
     ) -> None:
+        if pager is not None and (not isinstance(pager, str) or not pager or "\0" in pager):
+            raise ConfigError(f"pager={pager!r}: use the path of a daemon's socket")
         for name, value, choices in (
             ("fault_path", fault_path, FAULT_PATHS),
             ("on_pager_death", on_pager_death, ("abort", "block")),
@@ -60,13 +69,15 @@ class Settings:
         self.on_pager_death = on_pager_death
         self.user_mode_only = user_mode_only
         self.placement = "same" if placement == "auto" else placement
+        self.pager = os.path.abspath(pager) if pager is not None else None
+        """A daemon's socket; None: a pager of this process's own."""
 
     def check_same(self, other: Settings) -> None:
         """Raises ConfigError when a second region asks for what the first did not."""
         for name, value in vars(self).items():
             if getattr(other, name) != value:
                 raise ConfigError(
-                    f"{name}={getattr(other, name)!r}: this process's regions share one pager, "
+                    f"{name}={getattr(other, name)!r}: this process's regions share a pager, "
                     f"which runs with {name}={value!r}; close them first"
                 )
 
@@ -101,13 +112,19 @@ class Client:
         self._descriptors: list[int] = []
         self._pools: dict[tuple[int, int], tuple[int, set[int]]] = {}
         """Memfds of pools: (device, inode) -> (descriptor, the regions that use it)."""
+        self.released: dict[int, dict[str, Any]] = {}
+        """Regions that the pager let go of, whose memory is ordinary memory now: its last word."""
         self._agent: Any = None
         self._pidfd = -1
+        self._pager_pid = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._caller: Caller | None = None
         try:
             self.uffd, self._staging_uffd, self.features = self._open_descriptors()
-            self._start_pager()
+            if settings.pager is None:
+                self._start_pager()
+            else:
+                self._caller = Caller(dial(settings.pager)[0], self._hear)
             self._introduce()
         except BaseException as error:
             self.end()
@@ -152,17 +169,20 @@ class Client:
             theirs.close()
         self._pidfd = os.pidfd_open(self._process.pid)
         self._descriptors.append(self._pidfd)
-        check(lib.us_agent_allow(self._process.pid))
 
     def _introduce(self) -> None:
-        assert self._process is not None
-        hello = self._hello(self._process)
+        hello = self._hello()
         self._descriptors += hello["descriptors"]
-        _table, channel, order, done = hello["descriptors"]
+        self._pager_pid = int(hello["pid"])
+        if self._process is None:  # a daemon keeps its table, and names itself
+            channel, order, done, self._pidfd = hello["descriptors"]
+        else:
+            _table, channel, order, done = hello["descriptors"]
+        check(lib.us_agent_allow(self._pager_pid))
         options = ffi.new("struct us_agent_options *")
         options.channel_fd, options.order_fd, options.done_fd = channel, order, done
         options.uffd, options.staging_uffd = self.uffd, self._staging_uffd
-        options.pager_pidfd, options.pager_pid = self._pidfd, self._process.pid
+        options.pager_pidfd, options.pager_pid = self._pidfd, self._pager_pid
         options.abort_on_death = self.settings.on_pager_death == "abort"
         agent = ffi.new("struct us_agent **")
         check(lib.us_agent_start(agent, options))
@@ -170,7 +190,7 @@ class Client:
         tid = lib.us_agent_tid(self._agent)
         self.call("agent", staging=lib.us_agent_staging(self._agent), tid=tid)
 
-    def _hello(self, process: subprocess.Popen[bytes]) -> Message:
+    def _hello(self) -> Message:
         try:
             return self.caller.call(
                 "hello",
@@ -183,6 +203,9 @@ class Client:
                 canary=int(os.environ.get("USERSWAP_CANARY", "0")),
             )
         except PagerError:
+            process = self._process
+            if process is None:
+                raise
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(DEATH_NOTICE_S if self.caller.ended else 0)
             if process.returncode is None:
@@ -196,9 +219,13 @@ class Client:
         """A request to the pager."""
         if os.getpid() != self.owner_pid:
             raise PagerError("a region belongs to the process that made it: open one of your own")
+        if arguments.get("region") in self.released:
+            raise ReleasedError("the pager let go of this region: its memory is ordinary memory")
         try:
             return self.caller.call(operation, **arguments)
         except PagerError:
+            if arguments.get("region") in self.released:
+                return self.call(operation, **arguments)
             if self.caller.ended:
                 self._hear_the_agent()
             raise
@@ -226,6 +253,16 @@ class Client:
             raise UnsupportedError(f"the memory cannot be registered ({error})") from None
         return number, name
 
+    def _hear(self, notice: Message) -> None:
+        """On the caller's thread: what a daemon tells unasked."""
+        if notice["notice"] == "released":
+            self.released[int(notice["region"])] = dict(notice["stats"])
+
+    @property
+    def spent(self) -> bool:
+        """Whether the pager has let go of every region and has ended: no new one can be opened."""
+        return self.caller.ended and self.released.keys() >= self.regions.keys()
+
     def close_region(self, number: int, unmap: Callable[[], None]) -> None:
         """On the keeper's thread: unmap a region's memory once no order on it is under way.
 
@@ -233,6 +270,10 @@ class Client:
         """
         try:
             self.call("quiesce", region=number)
+        except ReleasedError:
+            unmap()
+            self._forget(number)
+            return
         except PagerError:
             if not self.caller.ended:
                 raise
@@ -260,6 +301,7 @@ class Client:
 
     def _forget(self, number: int) -> None:
         del self.regions[number]
+        self.released.pop(number, None)
         for key, (descriptor, users) in list(self._pools.items()):
             users.discard(number)
             if not users:
@@ -319,45 +361,47 @@ class Client:
             self._process.returncode = 0  # not the child's to wait for
 
 
-_client: Client | None = None
-keeper = Keeper(lambda: _client is not None)
+_clients: list[Client] = []
+"""One for each pager of this process."""
+keeper = Keeper(lambda: bool(_clients))
 
 
 def acquire(settings: Settings) -> Client:
-    """This process's client, started if there is none; on the keeper's thread."""
-    global _client
-    if _client is None:
-        _client = Client(settings)
-    else:
-        _client.settings.check_same(settings)
-    return _client
+    """This process's client of a pager, started if there is none; on the keeper's thread."""
+    for client in _clients:
+        if client.settings.pager == settings.pager and not client.spent:
+            client.settings.check_same(settings)
+            return client
+    client = Client(settings)
+    _clients.append(client)
+    return client
 
 
 def release(client: Client) -> None:
-    """End the client if it has no open region; on the keeper's thread."""
-    global _client
-    if not client.regions and client is _client:
-        _client = None
+    """End a client if it has no open region; on the keeper's thread."""
+    if not client.regions and client in _clients:
+        _clients.remove(client)
         client.end()
 
 
 def own_threads() -> int:
     """Threads of this process that are the engine's, and touch no region."""
-    return keeper.runs + (2 if _client is not None else 0)
+    return keeper.runs + 2 * len(_clients)
 
 
 @atexit.register
 def _at_exit() -> None:
-    if _client is not None and _client.owner_pid == os.getpid():
-        _client.quiet()
+    for client in list(_clients):
+        if client.owner_pid == os.getpid():
+            client.quiet()
 
 
 def _after_fork_in_child() -> None:
-    global _client, keeper
-    keeper = Keeper(lambda: _client is not None)
-    if _client is not None:
-        _client.forked()
-        _client = None
+    global keeper
+    keeper = Keeper(lambda: bool(_clients))
+    for client in _clients:
+        client.forked()
+    _clients.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import itertools
 import json
 import os
 import socket
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 from userswap.engine.errors import PagerError, from_kind
 
 MESSAGE_MAX = 65536
 DESCRIPTORS_MAX = 8
+SO_PEERPIDFD = 77
 
 Message = dict[str, Any]
 
@@ -34,12 +36,33 @@ def close_all(descriptors: Iterable[int]) -> None:
         os.close(descriptor)
 
 
-def peer(connection: socket.socket) -> int:
-    """The process at the other end, as the kernel knows it."""
-    credentials = struct.Struct("3i")  # struct ucred: process, user, group
-    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
-    pid: int = credentials.unpack(raw)[0]
-    return pid
+class Credentials(NamedTuple):
+    """Who is at the other end of a connection, as the kernel knows it."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def credentials(connection: socket.socket) -> Credentials:
+    """The process that made the other end; for a listening one, the process that listened."""
+    ucred = struct.Struct("iII")
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, ucred.size)
+    return Credentials(*ucred.unpack(raw))
+
+
+def open_peer(connection: socket.socket, pid: int) -> int:
+    """A pidfd of the process that made the other end.
+
+    Linux 6.5 gives it out for the connection itself; before that the number may be another's by
+    now, where the process has ended and a child of it holds the connection.
+    """
+    try:
+        return connection.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:
+            raise
+        return os.pidfd_open(pid)
 
 
 def send(connection: socket.socket, message: Message, descriptors: Sequence[int] = ()) -> None:
@@ -138,8 +161,12 @@ class Caller:
     Packets are whole or not at all, so that sending needs no lock.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(
+        self, connection: socket.socket, notice: Callable[[Message], None] = lambda message: None
+    ) -> None:
+        """`notice` hears, on the receiving thread, what comes without having been asked for."""
         self._connection = connection
+        self._notice = notice
         self._numbers = itertools.count(1)
         self._waiting: dict[int, Pending] = {}
         self._why_ended: str | None = None
@@ -213,6 +240,8 @@ class Caller:
             self._waiting.pop(number).settle((message, descriptors))
             return
         close_all(descriptors)
+        if "notice" in message:
+            self._notice(message)
 
     def _end(self, why: str) -> None:
         # First the reason, then those who wait: who comes later sees the reason.

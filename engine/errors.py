@@ -36,9 +36,22 @@ class PagerError(UserswapError):
     kind = "pager"
 
 
+class ReleasedError(UserswapError):
+    """The region was given back to its program: what was paged is ordinary memory now."""
+
+    kind = "released"
+
+
 _BY_KIND: dict[str, type[UserswapError]] = {
     error.kind: error
-    for error in (UserswapError, ConfigError, UnsupportedError, ResidentError, PagerError)
+    for error in (
+        UserswapError,
+        ConfigError,
+        UnsupportedError,
+        ResidentError,
+        PagerError,
+        ReleasedError,
+    )
 }
 
 

@@ -26,7 +26,13 @@ from userswap.backends.store import Geometry, Store
 from userswap.engine import client as clients
 from userswap.engine import probe
 from userswap.engine.client import Client, Settings
-from userswap.engine.errors import ConfigError, ResidentError, UnsupportedError, UserswapError
+from userswap.engine.errors import (
+    ConfigError,
+    ReleasedError,
+    ResidentError,
+    UnsupportedError,
+    UserswapError,
+)
 from userswap.engine.objects import pickled
 from userswap.engine.stats import RegionStats
 from userswap.native import ffi, lib
@@ -106,6 +112,10 @@ class Region:
         placement: which CPU serves faults: "same" as the faulting thread's, "other", "none" (as
             the scheduler likes) or "auto".
         prefetch: "streams" or "none".
+        pager: the socket of a daemon (`userswap serve`) that shall page this region, in place of a
+            pager of this process's own. `store` is then the name of one of the daemon's stores, and
+            `resident` an upper limit: the daemon's budget may grant less. A daemon that ends gives
+            the region back: its memory is ordinary memory then (see `RegionStats.released`).
 
     Raises ConfigError for what cannot be meant, UnsupportedError for what this machine cannot do,
     PagerError when the pager is gone. Usable as a context manager.
@@ -127,13 +137,16 @@ class Region:
         user_mode_only: bool = False,
         placement: str = "auto",
         prefetch: str = "streams",
+        pager: str | None = None,
     ) -> None:
         self._mapping: _Mapping | None = None
         self.name, self.size = "?", 0
         self.name = _check_name(name)
         if on_full not in ("grow", "stall"):
             raise ConfigError(f"on_full={on_full!r}: use grow or stall")
-        settings = Settings(fault_path, on_pager_death, user_mode_only, placement)
+        if pager is not None and not isinstance(store, str):
+            raise ConfigError(f"store={store!r}: with pager=, use the name of a store of the pager")
+        settings = Settings(fault_path, on_pager_death, user_mode_only, placement, pager)
         self.size = check_size(size)
         self._limit = check_resident(resident, self.size)
         request = {
@@ -161,7 +174,10 @@ class Region:
 
     def stats(self) -> RegionStats:
         """A snapshot of sizes, page states, faults and latencies."""
-        return RegionStats.from_message(self._call("stats")["stats"])
+        try:
+            return RegionStats.from_message(self._call("stats")["stats"])
+        except ReleasedError:
+            return RegionStats.from_message(self._last_word())
 
     def resize_resident(self, resident: int | str) -> None:
         """Change the budget and wait until it holds.
@@ -189,7 +205,8 @@ class Region:
     def prefetch(self, offset: int, length: int) -> None:
         """Bring stored pages of a range into memory, as far as the budget reaches."""
         first, count = self._range(*_integers(offset, length))
-        self._call("prefetch", first=first, count=count)
+        with contextlib.suppress(ReleasedError):
+            self._call("prefetch", first=first, count=count)
 
     def discard(self, offset: int, length: int) -> None:
         """Forget a range: it reads as zeros from now on. Whole pages only."""
@@ -199,11 +216,15 @@ class Region:
                 f"discard works on whole pages of {PAGE} bytes: {offset} and {length} are not"
             )
         first, count = self._range(offset, length)
-        self._call("discard", first=first, count=count)
+        try:
+            self._call("discard", first=first, count=count)
+        except ReleasedError:
+            mmap.mmap.madvise(self._open_mapping(), mmap.MADV_DONTNEED, offset, length)
 
     def flush(self) -> None:
         """Wait until every page that has left memory is accepted by the store, and flush it."""
-        self._call("flush")
+        with contextlib.suppress(ReleasedError):
+            self._call("flush")
 
     def close(self) -> None:
         """Give the memory and the stored pages back; again, it does nothing.
@@ -264,6 +285,12 @@ class Region:
         if client is None:  # another thread closes it
             raise ValueError(f"region {self.name!r} is closed")
         return client.call(operation, region=mapping.number, **arguments)
+
+    def _last_word(self) -> dict[str, Any]:
+        """What the pager said of the region as it let go of it."""
+        mapping = self._open_mapping()
+        assert mapping.client is not None
+        return {**mapping.client.released[mapping.number], "released": True}
 
     def _range(self, offset: int, length: int) -> tuple[int, int]:
         if offset < 0 or length < 0 or offset + length > self.size:

@@ -9,12 +9,15 @@ Must not know: sockets, how a client came here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import resource
+import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from userswap.backends.grammar import unknown_name
 from userswap.backends.store import PAGES_MAX
@@ -27,6 +30,8 @@ from userswap.engine.stores import Backing, Stores
 from userswap.native import check, ffi, lib
 
 log = logging.getLogger("userswap.pager")
+T = TypeVar("T")
+_threads = ThreadPoolExecutor(2, "userswap-beside")
 
 PAGE = 4096
 POLL_FIRST_S = 0.0001
@@ -40,6 +45,8 @@ STORE_END_S = 10.0
 """How long a store may take to discard a region whose client is gone."""
 QUIET_TRIES = 200
 """One second: a client whose agent is stopped must be able to end."""
+CENSUS_PAGES = 1 << 16
+"""Counted on the loop: more would hold it up for a millisecond."""
 COUNTS = ("zero", "load", "awaited", "rescue", "protect", "spurious", "forgotten", "parked")
 
 
@@ -79,6 +86,7 @@ class ClientService:
         self.evictor = Evictor(self.native, self.loop)
         self.regions: dict[int, OpenRegion] = {}
         self._extents = Extents()
+        self._beside = Pending()
         self._last_region = 0
         self._timer: asyncio.TimerHandle | None = None
         self._gone: Callable[[], None] = lambda: None
@@ -174,6 +182,7 @@ class ClientService:
             await asyncio.sleep(delay)
             delay = min(delay * 2, POLL_MAX_S)
         await region.operations.settled()
+        await self._beside.settled()
         await region.transfers.settled()
 
     async def close(self, number: int, *, unmapped: bool) -> None:
@@ -254,6 +263,20 @@ class ClientService:
             delay = min(delay * 2, POLL_MAX_S)
         await region.store.flush()
 
+    async def stats_of(self, region: OpenRegion) -> dict[str, Any]:
+        """The fields of RegionStats; beside the loop where there is much to count."""
+        if region.pages <= CENSUS_PAGES or region.closing:
+            return self.stats(region)
+        return await self.beside(lambda: self.stats(region))
+
+    async def beside(self, job: Callable[[], T]) -> T:
+        """Do native work on another thread; nothing of this client's is freed before it ends."""
+        loop = asyncio.get_running_loop()
+        self._beside.begin()
+        done = _threads.submit(job)
+        done.add_done_callback(lambda _: loop.call_soon_threadsafe(self._beside.end))
+        return await asyncio.wrap_future(done)
+
     def stats(self, region: OpenRegion) -> dict[str, Any]:
         """The fields of RegionStats."""
         report = ffi.new("struct us_report *")
@@ -321,8 +344,9 @@ class ClientService:
         if self._timer is not None:
             self._timer.cancel()
         asyncio.get_running_loop().remove_reader(lib.us_client_descriptors(self.native, 4))
-        # Beside the loop: a worker's read of the client's memory may need it to serve a fault.
-        await asyncio.to_thread(lib.us_client_stop, self.native)
+        # Beside the loop: a worker's read of the client's memory may need it to serve a fault, and
+        # lasts as long as the client likes, so that a thread shared with others will not do.
+        await on_own_thread(lambda: lib.us_client_stop(self.native))
         self.loop.detach()
         await self.loop.cancel()
         await self.evictor.cancel()
@@ -333,6 +357,7 @@ class ClientService:
                 await asyncio.wait_for(self.stores.close(region.backing), STORE_END_S)
             except TimeoutError:
                 log.warning("store %s: does not let go of region %s", region.url, region.name)
+        await self._beside.settled()
         # Only now: a store's buffers may be the client's memory. The table may take a while.
         await asyncio.to_thread(lib.us_client_destroy, self.native)
         os.close(self.uffd)
@@ -344,6 +369,24 @@ def _parts(region: OpenRegion, first: int, end: int, most: int) -> Iterator[tupl
         size = min(most, end - first)
         yield first, size
         first += size
+
+
+async def on_own_thread(job: Callable[[], None]) -> None:
+    """Do a job on a thread that nobody waits for at the end of this process."""
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
+
+    def settle() -> None:
+        if not done.done():
+            done.set_result(None)
+
+    def run() -> None:
+        job()
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(settle)
+
+    threading.Thread(target=run, name="userswap-end", daemon=True).start()
+    await done
 
 
 def _pool_stats(pool: Any) -> dict[str, Any]:

@@ -80,6 +80,9 @@ class RegionStats:
     fault_path: str
     cpu: int
     """The CPU the fault server was last placed on, -1 before that."""
+    released: bool = False
+    """The pager has let go of the region, and these are its last numbers: the memory is ordinary
+    memory now, resident for all the pager knows."""
 
     @property
     def ratio(self) -> float:

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
@@ -38,6 +39,7 @@ struct us_agent {
     pthread_t thread;
     _Atomic int tid;
     int self_pidfd;
+    int wake_fd; /* ends the thread's sleep: what it is given may be readable alone */
     int fdinfo;
     int cpu;
     uint32_t next; /* the next order of the ring */
@@ -289,8 +291,9 @@ static void *agent_main(void *argument) {
     struct us_agent *agent = argument;
     struct us_channel *channel = agent->channel;
     atomic_store(&agent->tid, (int)syscall(SYS_gettid));
-    struct pollfd wait[2] = {{.fd = agent->options.order_fd, .events = POLLIN},
-                             {.fd = agent->options.pager_pidfd, .events = POLLIN}};
+    struct pollfd wait[3] = {{.fd = agent->options.order_fd, .events = POLLIN},
+                             {.fd = agent->options.pager_pidfd, .events = POLLIN},
+                             {.fd = agent->wake_fd, .events = POLLIN}};
     while (!atomic_load(&channel->quit)) {
         while (take_order(agent))
             continue;
@@ -299,10 +302,12 @@ static void *agent_main(void *argument) {
             continue;
         if (atomic_load(&channel->quit))
             break;
-        int ready = poll(wait, 2, WATCH_MS);
+        int ready = poll(wait, 3, WATCH_MS);
         atomic_store(&channel->agent_asleep, 0);
         if (time_to_watch(agent))
             watch_waiting(agent);
+        if (wait[0].revents & (POLLHUP | POLLERR))
+            wait[0].fd = -1; /* a pipe whose writer is gone: the pidfd tells of that */
         if (wait[0].revents & POLLIN) {
             uint64_t count;
             ssize_t ignored = read(agent->options.order_fd, &count, sizeof count);
@@ -348,6 +353,8 @@ static void free_agent(struct us_agent *agent) {
         close(agent->self_pidfd);
     if (agent->fdinfo >= 0)
         close(agent->fdinfo);
+    if (agent->wake_fd >= 0)
+        close(agent->wake_fd);
     free(agent);
 }
 
@@ -361,7 +368,8 @@ int us_agent_start(struct us_agent **out, const struct us_agent_options *options
     char path[64];
     snprintf(path, sizeof path, "/proc/self/fdinfo/%d", options->uffd);
     agent->fdinfo = open(path, O_RDONLY | O_CLOEXEC);
-    int rc = map_agent(agent);
+    agent->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    int rc = agent->wake_fd < 0 ? -errno : map_agent(agent);
     if (rc == 0) {
         sigset_t all, before;
         sigfillset(&all);
@@ -390,7 +398,7 @@ uint64_t us_agent_staging(const struct us_agent *agent) { return (uint64_t)(uint
 void us_agent_stop(struct us_agent *agent) {
     uint64_t one = 1;
     atomic_store(&agent->channel->quit, 1);
-    ssize_t ignored = write(agent->options.order_fd, &one, sizeof one);
+    ssize_t ignored = write(agent->wake_fd, &one, sizeof one);
     (void)ignored;
     pthread_join(agent->thread, NULL);
     free_agent(agent);

@@ -278,6 +278,11 @@ static void moved(struct us_client *client, struct us_batch *batch, const struct
     }
 }
 
+static void copied(struct us_client *client, struct us_batch *batch) {
+    us_take_copies(client, batch);
+    leave(client, batch);
+}
+
 static void dropped(struct us_batch *batch, const struct us_order *order) {
     struct us_region *region = batch->region;
     uint64_t all = us_batch_mask(batch), taken = order->taken & all;
@@ -321,9 +326,9 @@ static void settle_rescues(struct us_batch *batch) {
         usleep(PINS_AGAIN_US);
     uint64_t stranded = atomic_exchange(&batch->stranded, 0);
     for (uint32_t i = 0; i < batch->pages; i++)
-        while (stranded >> i & 1 &&
+        while (stranded >> i & 1 && !atomic_load(&batch->region->client->stop) &&
                us_install_rescued(batch->region, batch->index[i], batch->buffer + (uint64_t)i * US_PAGE))
-            usleep(PUT_BACK_AGAIN_US); /* its only copy: not given up while the client lives */
+            usleep(PUT_BACK_AGAIN_US); /* its only copy: not given up while the client is served */
 }
 
 static void released(struct us_batch *batch) {
@@ -355,7 +360,7 @@ static bool reap_one(struct us_client *client) {
         if (batch->order == US_ORDER_MOVE)
             moved(client, batch, &copy);
         else if (batch->order == US_ORDER_COPY)
-            leave(client, batch);
+            copied(client, batch);
         else if (batch->order == US_ORDER_DROP || batch->order == US_ORDER_DISCARD)
             dropped(batch, &copy);
         else

@@ -26,7 +26,7 @@ static void signal_fd(int fd) {
 
 void us_kick_worker(struct us_client *client) {
     if (atomic_load(&client->worker_asleep) && atomic_exchange(&client->worker_asleep, 0))
-        signal_fd(client->done_fd);
+        signal_fd(client->kick_fd);
 }
 
 void us_kick_helper(struct us_client *client) {
@@ -104,6 +104,8 @@ int us_client_create(struct us_client **out, int uffd, int pid, uint64_t feature
     client->channel_fd = make_memfd("userswap-channel", US_CHANNEL_TOTAL, &channel);
     client->order_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     client->done_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    client->agent_order = client->order_fd;
+    client->agent_done = client->kick_fd = client->done_fd;
     client->loop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     client->helper_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     client->miss = calloc(US_MISSES, sizeof *client->miss);
@@ -131,7 +133,7 @@ int us_client_create(struct us_client **out, int uffd, int pid, uint64_t feature
 }
 
 int us_client_descriptors(const struct us_client *client, int which) {
-    const int descriptor[] = {client->table.fd, client->channel_fd, client->order_fd, client->done_fd, client->loop_fd};
+    const int descriptor[] = {client->table.fd, client->channel_fd, client->agent_order, client->agent_done, client->loop_fd};
     return which >= 0 && which < 5 ? descriptor[which] : -EINVAL;
 }
 
@@ -185,7 +187,7 @@ int us_client_start(struct us_client *client, int native_server, int placement) 
 /* Ends the threads.  Regions stay as they are: nobody answers their faults any more. */
 void us_client_stop(struct us_client *client) {
     atomic_store(&client->stop, true);
-    signal_fd(client->done_fd);
+    signal_fd(client->kick_fd);
     signal_fd(client->helper_fd);
     /* these first: a read of the client's memory may need the server to end */
     if (client->worker_runs)
@@ -214,6 +216,7 @@ void us_client_destroy(struct us_client *client) {
         region->pool = NULL;
         us_region_free(region);
     }
+    us_trust_free(client);
     us_table_close(&client->table);
     if (client->channel)
         munmap(client->channel, US_CHANNEL_TOTAL);

@@ -11,6 +11,7 @@
 #include "readahead.h"
 #include "stats.h"
 #include "table.h"
+#include "trust.h"
 #include <pthread.h>
 #include <signal.h>
 #include <stdbool.h>
@@ -104,11 +105,14 @@ struct us_region {
 
 struct us_client {
     int uffd, channel_fd, order_fd, done_fd, loop_fd;
+    int kick_fd;               /* wakes the worker, which sleeps on done_fd: the same, but where a stranger has its ends */
+    int agent_order, agent_done; /* the agent's ends of order_fd and done_fd */
     int pid;
     int agent_tid; /* reads go by the agent's thread: the main thread may have ended before its process */
     uint64_t features;
     uint32_t canary;
     bool copy_out; /* staging is read by the agent: process_vm_readv is refused */
+    uint8_t *own_buffers; /* of the batches, where the client may not see them; NULL: they are in the channel */
     struct us_table table;
     struct us_channel *channel;
     uint64_t staging; /* address in the client */
@@ -224,6 +228,10 @@ int64_t us_region_discard(struct us_region *region, uint64_t first, uint64_t cou
 uint64_t us_region_next(const struct us_region *region, uint64_t first);
 uint64_t us_discard_begin(struct us_region *region, uint64_t first, uint32_t count);
 void us_discard_end(struct us_region *region, uint64_t first, uint64_t pages);
+
+/* trust.c */
+void us_take_copies(struct us_client *client, struct us_batch *batch);
+void us_trust_free(struct us_client *client);
 
 /* placement.c */
 void us_place(struct us_client *client, uint32_t thread_id, uint64_t now);

@@ -7,6 +7,7 @@
 #include "uffd.h"
 #include "pager.h"
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -15,6 +16,7 @@
 #include <unistd.h>
 
 #define MESSAGES 16
+#define EMPTY_MS 10
 
 /* Park a fault for want of room: it sleeps on in the kernel until us_release wakes the region. */
 static bool park(struct us_region *region) {
@@ -221,12 +223,22 @@ static int prepare_sleep(struct us_client *client) {
     return -pthread_sigmask(SIG_UNBLOCK, &mine, NULL);
 }
 
+/* A read that came back empty: the client, which has the descriptor too, has made it non-blocking. */
+static void rest(struct us_client *client) {
+    struct pollfd wait = {.fd = client->uffd, .events = POLLIN};
+    if (poll(&wait, 1, EMPTY_MS) > 0 && (wait.revents & ~POLLIN))
+        usleep(EMPTY_MS * 1000);
+}
+
 void *us_server_main(void *argument) {
     struct us_client *client = argument;
     client->server_tid = (int)syscall(SYS_gettid);
     int rc = prepare_sleep(client);
-    while (rc >= 0 && !atomic_load(&client->server_stop))
+    while (rc >= 0 && !atomic_load(&client->server_stop)) {
         rc = us_serve(client, 1);
+        if (rc == 0)
+            rest(client);
+    }
     atomic_store(&client->server_ended, true);
     return NULL;
 }

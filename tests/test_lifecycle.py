@@ -143,7 +143,7 @@ def test_the_end_does_not_mind_a_region_that_has_just_gone() -> None:
 import userswap
 from userswap.engine import client
 region = userswap.Region("1MiB", resident="2MiB")
-client._client.regions[999] = (0, 0)  # closed by the time that the pager is asked
+client._clients[0].regions[999] = (0, 0)  # closed by the time that the pager is asked
 """)
 
 
@@ -383,7 +383,7 @@ with userswap.Region("1MiB", resident="2MiB") as region:
     from userswap.engine import client
     # What the interrupt left of its region may be on its way out still.
     client.keeper.run(lambda: None)
-    assert len(client._client.regions) == 1, client._client.regions
+    assert len(client._clients[0].regions) == 1, client._clients[0].regions
 for pager in pagers:
     assert not os.path.exists(f"/proc/{pager}"), pager
 print("good")

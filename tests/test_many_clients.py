@@ -6,7 +6,7 @@ from children import good
 
 PAGER = """
 import asyncio, socket, sys
-from userswap.engine.pager import Connection
+from userswap.engine.connection import Connection
 
 async def serve(connection):
     client = Connection(connection)

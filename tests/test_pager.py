@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from userswap.engine.connection import Connection
 from userswap.engine.control import Message, receive, send
-from userswap.engine.pager import Connection
 
 HELLO = {"op": "hello", "features": 0, "fault_path": "native", "placement": 0, "canary": 0}
 NOBODY = 1 << 22
