@@ -160,28 +160,29 @@ class Budget:
         """A new region; its limit, once `settle` has been applied. Raises BudgetError."""
         cap = max(cap // PAGE, 1) * PAGE
         account = Account(min(FLOOR, cap), cap)
-        holder = self.holders.get(client) or Holder(self.minimum)
-        new = client not in self.holders
-        self.holders[client] = holder
+        holder = self.standing(client)
         holder.accounts[region] = account
         try:
             self._check(f"a region with resident={format_size(cap)}", holder)
         except BudgetError:
             del holder.accounts[region]
-            if new:
-                del self.holders[client]
             raise
         # It begins with what it is promised, and has more by the next look.
-        account.appetite = min(cap, max(account.floor, self.minimum))
+        account.appetite = min(cap, max(account.floor, holder.minimum))
         return account.floor
 
+    def standing(self, client: Hashable) -> Holder:
+        """A client's minimum and weight, which stay when its last region goes."""
+        if client not in self.holders:
+            self.holders[client] = Holder(self.minimum)
+        return self.holders[client]
+
+    def leave(self, client: Hashable) -> None:
+        """The client is gone."""
+        self.holders.pop(client, None)
+
     def close(self, client: Hashable, region: Hashable) -> None:
-        holder = self.holders.get(client)
-        if holder is None:
-            return
-        holder.accounts.pop(region, None)
-        if not holder.accounts:
-            del self.holders[client]
+        self.holders[client].accounts.pop(region, None)
 
     def account(self, client: Hashable, region: Hashable) -> Account:
         return self.holders[client].accounts[region]
@@ -199,15 +200,39 @@ class Budget:
             raise
         account.appetite = min(max(account.appetite, account.floor), account.cap)
 
-    def promise(self, client: Hashable, minimum: int) -> None:
-        """Another minimum for a client. Raises BudgetError."""
-        holder = self.holders[client]
-        before, holder.minimum = holder.minimum, minimum // PAGE * PAGE
+    def promise(self, client: Hashable, region: Hashable | None, minimum: int) -> None:
+        """Another minimum for a client, or for one region. Raises BudgetError."""
+        holder = self.standing(client)
+        account = holder.accounts[region] if region is not None else None
+        before = holder.minimum, account.floor if account else 0
+        minimum = minimum // PAGE * PAGE
+        if minimum > self.total:
+            raise BudgetError(
+                f"min={format_size(minimum)} is more than all of {format_size(self.total)}"
+            )
+        if account:
+            account.floor = min(max(minimum, FLOOR), account.cap)
+        else:
+            holder.minimum = minimum
         try:
             self._check(f"min={format_size(minimum)}", holder)
         except BudgetError:
-            holder.minimum = before
+            holder.minimum = before[0]
+            if account:
+                account.floor = before[1]
             raise
+        if account:
+            account.appetite = max(account.appetite, account.floor)
+
+    def weigh(self, client: Hashable, region: Hashable | None, weight: float) -> None:
+        """Another weight for a client among clients, or for a region among its client's."""
+        if not WEIGHT_MIN <= weight <= WEIGHT_MAX:
+            raise BudgetError(f"weight={weight:g}: use {WEIGHT_MIN:g} to {WEIGHT_MAX:g}")
+        holder = self.standing(client)
+        if region is None:
+            holder.weight = weight
+        else:
+            holder.accounts[region].weight = weight
 
     def _check(self, what: str, holder: Holder) -> None:
         others = sum(each.reserved for each in self.holders.values() if each is not holder)

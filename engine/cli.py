@@ -57,6 +57,8 @@ COMMANDS = (
     Command(
         "demo", "userswap.bench.demo", "page real data through compressed RAM and verify all of it"
     ),
+    Command("stat", "userswap.engine.status", "what pagers serve: programs, regions, memory"),
+    Command("set", "userswap.engine.adjust", "change what a pager grants to a program or region"),
     Command("serve", "userswap.engine.serve", "one pager for many programs, within one budget"),
     Command(
         "doctor", "userswap.engine.doctor", "what this kernel and user may do, and the remedies"

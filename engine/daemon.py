@@ -23,6 +23,7 @@ from userswap.backends.grammar import format_size, unknown_name
 from userswap.engine.budget import FLOOR, Budget, BudgetError
 from userswap.engine.connection import Connection, Terms
 from userswap.engine.control import Message
+from userswap.engine.desk import Desk
 from userswap.engine.errors import ConfigError, ResidentError, UserswapError
 from userswap.engine.listening import Listener
 from userswap.engine.served import ClientService, OpenRegion
@@ -85,6 +86,7 @@ class Daemon(Terms):
         self.clients: dict[int, Connection] = {}
         """By number, also those that are being let go of."""
         self.seats: list[Seat] = []
+        self.desk = Desk(self)
         self.draining = False
         self._last_client = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -167,10 +169,7 @@ class Daemon(Terms):
             for seat in [seat for seat in self.seats if seat.client is client]:
                 self._leave(seat)
             del self.clients[client.number]
-            self.changed()
-
-    def changed(self) -> None:
-        """A region or a client went."""
+            self.budget.leave(client.number)
 
     # --- what clients ask for ---
 
@@ -273,10 +272,50 @@ class Daemon(Terms):
     ) -> None:
         await service.close(number, unmapped=unmapped)
         self._leave(self.seat_of(client, number))
-        self.changed()
+
+    async def visit(self, visitor: Connection, operation: str, request: Message) -> Message:
+        return await self.desk.answer(visitor, operation, request)
 
     def limit(self, client: Connection, region: OpenRegion, number: int, limit: int) -> None:
         self.resize(self.seat_of(client, number), limit)
+
+    # --- what the desk shows and changes ---
+
+    def about(self) -> Message:
+        return {
+            "kind": "daemon",
+            "pid": os.getpid(),
+            "resident": self.budget.total,
+            "granted": sum(account.limit for _, _, account in self.budget.accounts()),
+            "stores": list(self.stores),
+            "ending": self.draining,
+        }
+
+    def connections(self) -> list[Connection]:
+        return list(self.clients.values())
+
+    def grants(self, client: Connection, number: int) -> Message:
+        if not number:
+            holder = self.budget.standing(client.number)
+            return {"min": holder.minimum, "weight": holder.weight}
+        seat = self.seat_of(client, number)
+        account = self.budget.account(client.number, seat)
+        return {"resident": account.cap, "weight": account.weight, "min": account.floor}
+
+    def change(self, client: Connection, number: int, what: str, value: int | float) -> None:
+        seat = self.seat_of(client, number) if number else None
+        try:
+            if what == "resident":
+                if seat is None:
+                    raise ConfigError("resident= is a region's: use CLIENT/REGION")
+                self.resize(seat, int(value))
+            elif what == "weight":
+                self.budget.weigh(client.number, seat, float(value))
+            else:
+                self.budget.promise(client.number, seat, int(value))
+        except BudgetError as refusal:
+            raise ResidentError(f"the pager's budget: {refusal}") from None
+        self.settle()
 
     # --- the budget ---
 
@@ -302,7 +341,6 @@ class Daemon(Terms):
     def left(self, seat: Seat) -> None:
         """The region went back to its program."""
         self._leave(seat)
-        self.changed()
 
     def _leave(self, seat: Seat) -> None:
         if seat in self.seats:
@@ -342,12 +380,3 @@ class Daemon(Terms):
             if self.seats:
                 self.settle()
             await asyncio.sleep(max(TICK_S, (time.monotonic() - began) * TICK_SHARE))
-
-
-def peer_name(pid: int) -> str:
-    """What a process calls itself."""
-    try:
-        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
-            return "".join(c for c in file.read().strip() if c.isprintable())
-    except OSError:
-        return "?"

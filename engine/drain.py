@@ -16,7 +16,8 @@ from pathlib import Path
 
 from userswap.backends.grammar import format_size
 from userswap.engine.connection import Connection
-from userswap.engine.daemon import Daemon, Seat, peer_name
+from userswap.engine.daemon import Daemon, Seat
+from userswap.engine.desk import peer_name
 from userswap.engine.notify import notify
 from userswap.engine.page_table import State
 from userswap.engine.served import OpenRegion

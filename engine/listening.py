@@ -31,20 +31,26 @@ TRIES = 100
 class Listener:
     """A listening socket at a path, and the lock that keeps the path."""
 
-    def __init__(self, socket_: socket.socket, path: str, lock: int | None) -> None:
+    def __init__(self, socket_: socket.socket, path: str, lock: int = -1, *, ours: bool = True):
+        """`ours`: made here, and removed with the end."""
         self.socket = socket_
         self.path = path
         self._lock = lock
+        self._made = os.lstat(path) if ours else None
 
     def close(self) -> None:
-        """Stop listening and leave nothing behind."""
+        """Stop listening and leave nothing behind; again, it does nothing."""
         self.socket.close()
-        if self._lock is not None:
-            for leftover in (self.path, _lock_path(self.path)):
-                with contextlib.suppress(OSError):
-                    os.unlink(leftover)
+        if self._made is not None:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(self._made, os.lstat(self.path)):
+                    os.unlink(self.path)
+            self._made = None
+        if self._lock >= 0:
+            with contextlib.suppress(OSError):
+                os.unlink(_lock_path(self.path))
             os.close(self._lock)
-            self._lock = None
+            self._lock = -1
 
 
 def listen(path: str, mode: int = 0o600) -> Listener:
@@ -65,6 +71,29 @@ def listen(path: str, mode: int = 0o600) -> Listener:
         raise
 
 
+def listen_privately(name: str) -> Listener:
+    """Listen at a name in this user's own folder, whoever may have listened there before.
+
+    Raises OSError where there can be no such folder.
+    """
+    path = str(make_run_folder(os.geteuid()) / name)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    return Listener(_bind(path, 0o600), path)
+
+
+def announce(path: str, name: str) -> Path | None:
+    """Let this user's visitors find a socket that is elsewhere; what to remove at the end."""
+    try:
+        link = make_run_folder(os.geteuid()) / name
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(link)
+        os.symlink(path, link)
+    except OSError:
+        return None
+    return link
+
+
 def passed() -> Listener | None:
     """The socket that systemd listens at for us (LISTEN_FDS); None without one."""
     pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
@@ -77,7 +106,7 @@ def passed() -> Listener | None:
     if (found.family, found.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
         raise ConfigError("the socket that systemd passes is none of ListenSequentialPacket=")
     found.setblocking(False)
-    return Listener(found, str(found.getsockname()), None)
+    return Listener(found, str(found.getsockname()), ours=False)
 
 
 def dial(path: str) -> tuple[socket.socket, Credentials]:

@@ -81,10 +81,13 @@ def run(arguments: argparse.Namespace) -> int:
         listener = listening.listen(arguments.socket, _mode(arguments.mode))
     settle_process("userswap-serve", [signal.SIGHUP, signal.SIGPIPE])
     logging.getLogger("userswap.pager").setLevel(logging.INFO)
+    link = listening.announce(listener.path, f"serve-{os.getpid()}.sock")
     try:
         asyncio.run(_serve(Daemon(listener, stores, budget, limits), arguments.json))
     finally:
         listener.close()
+        if link is not None:
+            link.unlink(missing_ok=True)
     return 0
 
 

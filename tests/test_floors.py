@@ -32,6 +32,7 @@ FLOORS = {
     "engine/stats.py": 2,
     "engine/client.py": 3,
     "engine/control.py": 3,
+    "engine/visitor.py": 4,
     "engine/gate.py": 3,
     "engine/keeper.py": 3,
     "engine/objects.py": 3,
