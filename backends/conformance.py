@@ -6,9 +6,9 @@ A check is a coroutine function that takes a `Harness`; it raises when the store
 and NotApplicableError where it has nothing to say. A test file, whole:
 
     import pytest
-    from userswap.backends.conformance import CHECKS, run
-    test_conformance = pytest.mark.parametrize("check", CHECKS)(lambda check: run(check, "mine:{dir}/x"))
-"""  # noqa: E501
+    from userswap.backends.conformance import CHECKS, against
+    test_mine = pytest.mark.parametrize("check", CHECKS)(against("mine:{dir}/x"))
+"""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from userswap.backends.harness import (
     FailingStore,
     Harness,
     NotApplicableError,
+    against,
     content,
     perform,
     read,
@@ -48,6 +49,7 @@ __all__ = [
     "ConformanceError",
     "Harness",
     "NotApplicableError",
+    "against",
     "perform",
     "run",
 ]

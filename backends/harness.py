@@ -114,6 +114,7 @@ class Harness:
         for store in self._opened:
             with contextlib.suppress(StoreError):
                 await store.aclose()
+        self._opened.clear()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
@@ -271,6 +272,15 @@ def run(
     forgets: bool = False,
     seed: int = 1,
 ) -> str:
-    """`perform` for who has no event loop: the whole of a third party's test."""
+    """`perform` for who has no event loop."""
     harness = Harness(url, limited=limited, page_sizes=page_sizes, forgets=forgets, seed=seed)
     return asyncio.run(perform(check, harness))
+
+
+def against(url: str, *, limited: str | None = None) -> Callable[[Check], None]:
+    """A test function that takes a check; a test framework calls it with each."""
+
+    def test(check: Check) -> None:
+        run(check, url, limited=limited)
+
+    return test

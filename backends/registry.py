@@ -15,8 +15,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import (
+    EntryPoint,
+    PackageNotFoundError,
+    distribution,
+    entry_points,
+    requires,
+)
 
 from userswap.backends.grammar import LayerSpec, StackSpec, parse_store_url
 from userswap.backends.store import Geometry, Store, StoreFailedError
@@ -84,6 +91,32 @@ class _Below:
 
     async def open_url(self, url: str, geometry: Geometry) -> Store:
         return await open_stack(url, geometry)
+
+
+def missing(name: str) -> str:
+    """The command that installs what one of our layers needs; empty where nothing is missing.
+
+    What a layer needs beside this package is named in the extra of the layer's name.
+    """
+    try:
+        requirements = requires("userswap") or []
+    except PackageNotFoundError:
+        return ""
+    for requirement in requirements:
+        needed, _, marker = requirement.partition(";")
+        extra = re.search(r"extra\s*==\s*[\"']([^\"']+)", marker)
+        match = re.match(r"[\w.-]+", needed)
+        if extra and extra[1] == name and match and not _is_installed(match[0]):
+            return f"pip install 'userswap[{name}]'"
+    return ""
+
+
+def _is_installed(distribution_name: str) -> bool:
+    try:
+        distribution(distribution_name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _layers(group: str, own: Mapping[str, str]) -> dict[str, EntryPoint]:

@@ -38,6 +38,8 @@ examples:
   userswap demo                          1 GiB of real files in a quarter of the memory, verified
   userswap demo --size 256MiB --store ram:lz4
   userswap bench kernel --json > result.json
+  userswap store list                    the stores and filters that there are
+  userswap store explain checksum::file:/var/lib/swap
   userswap COMMAND --help                all options of one command, with examples
 
 exit codes: 0 good; 1 what was checked is bad; 2 usage; 3 this machine cannot, or
@@ -69,6 +71,17 @@ BENCHES = (
         "kernel", "userswap.bench.kernel", "compare with kernel swap on zram, at the same memory"
     ),
 )
+STORE_COMMANDS = (
+    Command("list", "userswap.engine.store_list", "stores and filters; or the extents of a volume"),
+    Command("explain", "userswap.engine.store_explain", "what a stack guarantees, layer by layer"),
+    Command("check", "userswap.bench.store_check", "put a store to the conformance suite"),
+    Command("bench", "userswap.bench.store_bench", "measure a store alone"),
+    Command("format", "userswap.engine.store_format", "make an empty volume of a medium"),
+)
+GROUPS = {
+    "bench": ("BENCH", "measure userswap against what it replaces", BENCHES),
+    "store": ("WHAT", "look at, check, measure and format stores", STORE_COMMANDS),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,14 +111,13 @@ def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     words = [word for word in argv if not word.startswith("-")]
     for command in COMMANDS:
         _add(commands, command, words[:1] == [command.name])
-    bench = commands.add_parser(
-        "bench",
-        help="measure userswap against what it replaces",
-        description="Measure userswap against what it replaces.",
-    )
-    benches = bench.add_subparsers(title="benches", metavar="BENCH", required=True)
-    for command in BENCHES:
-        _add(benches, command, words[:2] == ["bench", command.name])
+    for name, (metavar, purpose, members) in GROUPS.items():
+        group = commands.add_parser(
+            name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}."
+        )
+        choices = group.add_subparsers(title=f"{name} commands", metavar=metavar, required=True)
+        for command in members:
+            _add(choices, command, words[:2] == [name, command.name])
     return parser
 
 
@@ -219,12 +231,13 @@ def _say(line: str) -> None:
 def exit_code(error: Exception) -> int | None:
     """The exit code for an error that is the user's or the machine's; None for our own mistakes."""
     from userswap.backends.grammar import GrammarError
+    from userswap.backends.store import StoreError
 
     if isinstance(error, GrammarError | ConfigError):
         return USAGE_ERROR
     if isinstance(error, UnsupportedError):
         return UNSUPPORTED
-    return 1 if isinstance(error, UserswapError) else None
+    return 1 if isinstance(error, UserswapError | StoreError) else None
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:

@@ -8,6 +8,7 @@ from collections.abc import Generator
 import hypothesis
 import pytest
 
+collect_ignore = ["example"]  # another package, whose tests run where it is installed
 NO_SKIP = os.environ.get("USERSWAP_NO_SKIP", "") not in ("", "0")
 
 # One history per test, the same on every machine; a slow machine's answers are as good.
