@@ -23,7 +23,7 @@ from userswap.backends.store import Geometry, StoreError
 from userswap.bench import corpus, sorting
 from userswap.bench.arguments import whole_number
 from userswap.bench.progress import Progress
-from userswap.engine import machine, probe
+from userswap.engine import machine, movers, probe
 from userswap.engine.errors import ConfigError, UnsupportedError
 from userswap.engine.region import check_resident, check_size
 from userswap.engine.stats import Latency, RegionStats
@@ -58,6 +58,7 @@ class Plan:
     store: str
     seed: int
     user_mode_only: bool
+    mover: probe.Mover
     notes: tuple[str, ...]
 
 
@@ -141,12 +142,15 @@ def make_plan(size: str, resident: str, store: str, seed: int, roots: list[Path]
     capacity = min(wanted, affordable)
     check_resident(resident, capacity)
     _check_store(store, capacity)
-    service = probe.service_level(probe.gather())
+    facts = probe.gather()
+    mover, service = probe.best_mover(facts), probe.service_level(facts)
     if service.level == "none":
         raise UnsupportedError(f"{service.reason}; {service.remedy}")
     notes = []
     if service.level == "user_mode_only":
         notes.append(f"serving user-mode faults only: {service.reason}; {service.remedy}")
+    if mover == "protect":
+        notes.append(f"no UFFDIO_MOVE before Linux 6.8: {movers.LIMIT_OF_PROTECT}")
     if wanted > affordable:
         notes.append(f"{size} asked for, but memory allows {grammar.format_size(affordable)}")
     progress = Progress(lambda: "found")
@@ -166,6 +170,7 @@ def make_plan(size: str, resident: str, store: str, seed: int, roots: list[Path]
         store=store,
         seed=seed,
         user_mode_only=service.level == "user_mode_only",
+        mover=mover,
         notes=tuple(notes),
     )
 
@@ -209,6 +214,7 @@ def _open(
         store=plan.store,
         name=name,
         user_mode_only=plan.user_mode_only,
+        mover=plan.mover,
     )
 
 
@@ -309,6 +315,7 @@ def as_json(plan: Plan, outcome: Outcome) -> dict[str, Any]:
         "store": plan.store,
         "seed": plan.seed,
         "user_mode_only": plan.user_mode_only,
+        "mover": plan.mover,
         "files": len(plan.candidates),
         "notes": [*plan.notes, *outcome.notes],
         "phases": [asdict(phase) for phase in outcome.phases],

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from typing import Any
 
 from userswap.backends.grammar import format_size
-from userswap.engine import probe
+from userswap.engine import movers, probe
 from userswap.engine.control import Caller, Message, Pending
 from userswap.engine.errors import ConfigError, PagerError, ReleasedError, UnsupportedError
 from userswap.engine.keeper import Keeper
@@ -53,6 +53,7 @@ class Settings:
         on_pager_death: str,
         user_mode_only: bool,
         placement: str,
+        mover: str,
         pager: str | None = None,
     ) -> None:
         if pager is not None and (not isinstance(pager, str) or not pager or "\0" in pager):
@@ -62,6 +63,7 @@ class Settings:
             ("on_pager_death", on_pager_death, ("abort", "block")),
             ("user_mode_only", user_mode_only, (False, True)),
             ("placement", placement, ("auto", *PLACEMENTS)),
+            ("mover", mover, ("auto", *movers.NUMBERS)),
         ):
             if value not in choices:
                 raise ConfigError(f"{name}={value!r}: use one of {', '.join(map(str, choices))}")
@@ -69,6 +71,7 @@ class Settings:
         self.on_pager_death = on_pager_death
         self.user_mode_only = user_mode_only
         self.placement = "same" if placement == "auto" else placement
+        self.mover: probe.Mover = "protect" if mover == "protect" else "move"
         self.pager = os.path.abspath(pager) if pager is not None else None
         """A daemon's socket; None: a pager of this process's own."""
 
@@ -84,7 +87,7 @@ class Settings:
 
 def check_service(settings: Settings) -> None:
     """Raises UnsupportedError, naming cause and remedy, where this machine cannot page."""
-    service = probe.service_level(probe.gather())
+    service = probe.service_level(probe.gather(), settings.mover)
     if service.level == "none" or (
         service.level == "user_mode_only" and not settings.user_mode_only
     ):
@@ -105,6 +108,8 @@ class Client:
 
     def __init__(self, settings: Settings) -> None:
         check_service(settings)
+        if settings.mover == "protect":
+            movers.tell_limit()
         self.settings = settings
         self.owner_pid = os.getpid()
         self.regions: dict[int, tuple[int, int]] = {}
@@ -200,6 +205,7 @@ class Client:
                 features=self.features,
                 fault_path=self.settings.fault_path,
                 placement=PLACEMENTS.index(self.settings.placement),
+                mover=self.settings.mover,
                 canary=int(os.environ.get("USERSWAP_CANARY", "0")),
             )
         except PagerError:

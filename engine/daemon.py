@@ -196,6 +196,7 @@ class Daemon(Terms):
                 "pid": client.credentials.pid,
                 "fault_path": "native",
                 "placement": placement,
+                "mover": hello["mover"],
                 "features": features,
                 "canary": 0,
             },

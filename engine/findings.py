@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from userswap.backends.grammar import format_size
-from userswap.engine import probe
+from userswap.engine import movers, probe
 from userswap.engine.machine import UNLIMITED, Codec, Machine
 from userswap.engine.probe import Facts, Service, describe
 
@@ -64,6 +64,7 @@ def examine(facts: Facts, machine: Machine) -> Report:
         _seccomp(facts),
         _user_mode(facts),
         *_features(facts),
+        _mover(facts),
         _vectored_drop(facts),
         _reading(facts, machine),
         *(_codec(codec, machine) for codec in machine.codecs),
@@ -87,13 +88,30 @@ def _limit(count: int) -> str:
 
 
 def _kernel(facts: Facts) -> Finding:
-    enough = all(facts.has(feature) for feature in probe.REQUIRED)
-    status: Status = "ok" if enough or not facts.features else "missing"
     fact = f"Linux {facts.kernel}, {facts.machine}"
-    remedy = "" if status == "ok" else "boot Linux 6.8 or newer"
-    return Finding(
-        "kernel", status, fact, "UFFDIO_MOVE (Linux 6.8) evicts without losing writes", remedy
-    )
+    use = "UFFDIO_MOVE (Linux 6.8) evicts without losing writes"
+
+    def enough(mover: probe.Mover) -> bool:
+        return all(facts.has(feature) for feature in probe.REQUIRED[mover])
+
+    if enough("move") or not facts.features:
+        return Finding("kernel", "ok", fact, use)
+    status: Status = "limited" if enough("protect") else "missing"
+    return Finding("kernel", status, fact, use, "boot Linux 6.8 or newer")
+
+
+def _mover(facts: Facts) -> Finding:
+    """How written pages leave, and why so."""
+    topic = "mover"
+    if probe.best_mover(facts) == "move":
+        return Finding(topic, "ok", "move", "the kernel itself refuses pages that I/O has hold of")
+    if not facts.features:
+        return Finding(topic, "missing", "none", "nothing is evicted without a userfaultfd")
+    why = describe(facts.move) if facts.has(probe.FEATURE_MOVE) else "not offered"
+    remedy = "boot Linux 6.8 or newer"
+    fact = f"protect, since UFFDIO_MOVE is {why}"
+    use = f'to be asked for, Region(mover="protect"); {movers.LIMIT_OF_PROTECT}'
+    return Finding(topic, "limited", fact, use, remedy, True)
 
 
 def _page_size(facts: Facts) -> Finding:
@@ -200,12 +218,15 @@ def _features(facts: Facts) -> list[Finding]:
         "thread-id": "names the thread behind a fault",
         "wp-async": "not needed: writes are told by faults",
     }
-    lacks = {"poison": "a lost page blocks whoever touches it, and is reported"}
+    lacks = {
+        "poison": "a lost page blocks whoever touches it, and is reported",
+        "move": "the mover protect does without",
+    }
     found = []
     for name, use in uses.items():
         feature = probe.FEATURES[name]
         first = probe.FIRST_KERNEL[feature]
-        essential = feature in probe.REQUIRED or name == "poison"
+        essential = feature in probe.REQUIRED["protect"] or name == "poison"
         if facts.has(feature):
             status: Status = "missing" if name == "move" and facts.move else "ok"
             found.append(Finding(name, status, f"offered (Linux {first})", use, "", essential))

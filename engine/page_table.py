@@ -34,6 +34,7 @@ class State(enum.IntEnum):
     DROPPING = 7
     STORED = 8
     POISONED = 9
+    PROTECTED = 10
 
 
 def transitions() -> dict[State, frozenset[State]]:

@@ -48,7 +48,14 @@ FIRST_KERNEL = {
     FEATURE_WP_ASYNC: "6.7",
     FEATURE_MOVE: "6.8",
 }
-REQUIRED = (FEATURE_PAGEFAULT_FLAG_WP, FEATURE_SIGBUS, FEATURE_MOVE)
+Mover = Literal["move", "protect"]
+"""How pages that were written leave memory."""
+
+REQUIRED: dict[Mover, tuple[int, ...]] = {
+    "move": (FEATURE_PAGEFAULT_FLAG_WP, FEATURE_SIGBUS, FEATURE_MOVE),
+    "protect": (FEATURE_PAGEFAULT_FLAG_WP, FEATURE_SIGBUS),
+}
+BY_NAME = 'ask for the mover that does without it: Region(mover="protect")'
 
 CAP_IPC_LOCK = 14
 CAP_SYS_PTRACE = 19
@@ -173,12 +180,17 @@ def gather() -> Facts:
     )
 
 
-def service_level(facts: Facts) -> Service:
-    """The best level of service that these facts allow. Pure."""
-    for judge in (_unserved_machine, _no_descriptor, _missing_feature):
-        service = judge(facts)
-        if service is not None:
-            return service
+def best_mover(facts: Facts) -> Mover:
+    """The mover to use: `protect` only where the kernel cannot move pages."""
+    return "move" if facts.has(FEATURE_MOVE) and facts.move == 0 else "protect"
+
+
+def service_level(facts: Facts, mover: Mover | None = None) -> Service:
+    """The best level of service that these facts allow, with a mover or with the best. Pure."""
+    service = _unserved_machine(facts) or _no_descriptor(facts)
+    service = service or _missing_feature(facts, mover or best_mover(facts))
+    if service is not None:
+        return service
     if facts.device == 0:
         return Service("full", f"{DEVICE} opens", "")
     if facts.syscall == 0:
@@ -231,20 +243,18 @@ def _no_descriptor(facts: Facts) -> Service | None:
     )
 
 
-def _missing_feature(facts: Facts) -> Service | None:
-    for feature in REQUIRED:
+def _missing_feature(facts: Facts, mover: Mover) -> Service | None:
+    remedy = f"boot Linux {FIRST_KERNEL[FEATURE_MOVE]} or newer"
+    for feature in REQUIRED[mover]:
         if not facts.has(feature):
             name = next(name for name, bit in FEATURES.items() if bit == feature)
             first = FIRST_KERNEL[feature]
             reason = f"kernel {facts.kernel} has no userfaultfd {name}: needs Linux {first}"
-            return Service("none", reason, f"boot Linux {FIRST_KERNEL[FEATURE_MOVE]} or newer")
-    if facts.move != 0:
+            more = f", or {BY_NAME}" if feature == FEATURE_MOVE else ""
+            return Service("none", reason, remedy + more)
+    if mover == "move" and facts.move != 0:
         reason = f"UFFDIO_MOVE is offered but fails: {describe(facts.move)}"
-        return Service(
-            "none",
-            reason,
-            f"boot Linux {FIRST_KERNEL[FEATURE_MOVE]} or newer, without a filter on ioctl(2)",
-        )
+        return Service("none", reason, f"{remedy}, without a filter on ioctl(2), or {BY_NAME}")
     return None
 
 

@@ -112,6 +112,10 @@ class Region:
         placement: which CPU serves faults: "same" as the faulting thread's, "other", "none" (as
             the scheduler likes) or "auto".
         prefetch: "streams" or "none".
+        mover: how written pages leave: "move" (Linux 6.8), by which the kernel itself refuses pages
+            that I/O has hold of, or "protect" (Linux 5.7), which loses direct I/O (O_DIRECT) that
+            takes longer than a grace of 100 ms, and takes no written page while the process holds
+            memory pinned. "auto" is "move".
         pager: the socket of a daemon (`userswap serve`) that shall page this region, in place of a
             pager of this process's own. `store` is then the name of one of the daemon's stores, and
             `resident` an upper limit: the daemon's budget may grant less. A daemon that ends gives
@@ -137,6 +141,7 @@ class Region:
         user_mode_only: bool = False,
         placement: str = "auto",
         prefetch: str = "streams",
+        mover: str = "auto",
         pager: str | None = None,
     ) -> None:
         self._mapping: _Mapping | None = None
@@ -146,7 +151,7 @@ class Region:
             raise ConfigError(f"on_full={on_full!r}: use grow or stall")
         if pager is not None and not isinstance(store, str):
             raise ConfigError(f"store={store!r}: with pager=, use the name of a store of the pager")
-        settings = Settings(fault_path, on_pager_death, user_mode_only, placement, pager)
+        settings = Settings(fault_path, on_pager_death, user_mode_only, placement, mover, pager)
         self.size = check_size(size)
         self._limit = check_resident(resident, self.size)
         request = {
@@ -427,6 +432,8 @@ def _why_not(stats: RegionStats, limit: int) -> str:
     over = format_size(stats.resident_bytes + stats.kept_bytes - limit)
     if stats.agent_late:
         cause = "the client's agent thread does not run (stopped, traced or starved of CPU)"
+    elif stats.held_by:
+        cause = stats.held_by
     elif stats.store_full:
         cause = f"the store {stats.store} is full"
     elif stats.staging_bytes:

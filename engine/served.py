@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from userswap.backends.grammar import unknown_name
 from userswap.backends.store import PAGES_MAX
+from userswap.engine import movers
 from userswap.engine.errors import ConfigError, ResidentError
 from userswap.engine.evictor import Evictor
 from userswap.engine.fault_loop import FaultLoop, Pending, Served, discard_marked
@@ -78,10 +79,13 @@ class ClientService:
         self.fault_path = str(hello["fault_path"])
         self.pid = int(hello["pid"])
         self.placement = int(hello["placement"])
+        self.mover = str(hello["mover"])
+        mover = movers.NUMBERS[self.mover]
         out = ffi.new("struct us_client **")
         features, canary = int(hello["features"]), int(hello["canary"])
         check(lib.us_client_create(out, uffd, self.pid, features, 0, canary))
         self.native = out[0]
+        lib.us_client_set_mover(self.native, mover)
         self.loop = FaultLoop(self.native, every_fault=self.fault_path == "asyncio", uffd=uffd)
         self.evictor = Evictor(self.native, self.loop)
         self.regions: dict[int, OpenRegion] = {}
@@ -111,6 +115,10 @@ class ClientService:
         self.evictor.drain()
         while (full := lib.us_client_full(self.native)) != ffi.NULL:
             self.evictor.complain(self.loop.region(full), "is full")
+        while (held := lib.us_client_held(self.native)) != ffi.NULL:
+            region = self.loop.region(held)
+            why = movers.held_by(region.handle)
+            log.warning("%s: what was written stays in memory: %s", region.name, why)
 
     def _tick(self) -> None:
         self.loop.look_for_waiting()
@@ -316,6 +324,8 @@ class ClientService:
             "pager_cpu_seconds": usage.ru_utime + usage.ru_stime,
             "pager_rss_bytes": own_memory(),
             "fault_path": self.fault_path,
+            "mover": self.mover,
+            "held_by": movers.held_by(region.handle),
             "cpu": report.cpu,
         }
 

@@ -49,7 +49,7 @@ class RegionStats:
     evicted_pages: int
     """Moved out through staging."""
     dropped_pages: int
-    """Dropped in place: clean, or discarded."""
+    """Dropped in place: clean, discarded, or by the mover protect."""
     refused_pages: int
     """Could not be taken: pinned, mlocked, or the agent was late."""
     put_back_pages: int
@@ -78,6 +78,10 @@ class RegionStats:
     pager_rss_bytes: int
     """The pager's own memory, its pool and tables left out."""
     fault_path: str
+    mover: str
+    """How written pages leave: move or protect."""
+    held_by: str
+    """Why the mover protect takes no written page at the moment; "" when it does."""
     cpu: int
     """The CPU the fault server was last placed on, -1 before that."""
     released: bool = False

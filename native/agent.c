@@ -147,36 +147,57 @@ static void copy_out(struct us_agent *agent, const struct us_order *order) {
             memcpy(agent->buffers + base + (uint64_t)page * US_PAGE, agent->staging + base + (uint64_t)page * US_PAGE, US_PAGE);
 }
 
+/* The same where the pages still are in place: protected, and BUSY, so that none of them is dropped meanwhile. */
+static void read_out(struct us_agent *agent, const struct us_order *order) {
+    uint8_t *buffer = agent->buffers + (uint64_t)order->batch % US_BATCHES * US_BATCH_PAGES * US_PAGE;
+    uint32_t pages = 0;
+    for (uint32_t i = 0; i < order->runs && pages + order->run[i].pages <= US_BATCH_PAGES; i++) {
+        size_t length = (size_t)order->run[i].pages * US_PAGE;
+        memcpy(buffer + (size_t)pages * US_PAGE, (const void *)(uintptr_t)order->run[i].address, length);
+        pages += order->run[i].pages;
+    }
+}
+
+static uint64_t bits(uint32_t first, uint32_t count) {
+    return (count >= 64 ? ~0ull : (1ull << count) - 1) << first;
+}
+
 /* Drop pages of the region in place: one vectored call, since each call costs a TLB shoot-down. */
 static void drop(struct us_agent *agent, struct us_order *order, int advice) {
     struct iovec vector[US_BATCH_PAGES];
-    size_t total = 0, pages = 0;
+    size_t total = 0;
     for (uint32_t i = 0; i < order->runs; i++) {
         vector[i].iov_base = (void *)(uintptr_t)order->run[i].address;
         vector[i].iov_len = (size_t)order->run[i].pages * US_PAGE;
         total += vector[i].iov_len;
     }
-    pages = total / US_PAGE;
     long advised = syscall(SYS_process_madvise, agent->self_pidfd, vector, order->runs, advice, 0);
     if (advised == (long)total) {
-        order->taken = pages >= 64 ? ~0ull : (1ull << pages) - 1;
+        order->taken = bits(0, (uint32_t)(total / US_PAGE));
         return;
     }
-    /* before 6.13 the call refuses DONTNEED; mlocked pages refuse it always: page by page then */
+    /* before 6.13 the call refuses DONTNEED: run by run then; mlocked pages refuse it always, and take no neighbour along */
     uint32_t bit = 0;
-    for (uint32_t i = 0; i < order->runs; i++)
-        for (uint32_t page = 0; page < order->run[i].pages; page++, bit++) {
-            uint8_t *address = (uint8_t *)vector[i].iov_base + (size_t)page * US_PAGE;
-            if (madvise(address, US_PAGE, advice) == 0)
-                order->taken |= 1ull << bit;
+    for (uint32_t i = 0; i < order->runs; bit += order->run[i++].pages) {
+        if (madvise(vector[i].iov_base, vector[i].iov_len, advice) == 0) {
+            order->taken |= bits(bit, order->run[i].pages);
+            continue;
+        }
+        for (uint32_t page = 0; page < order->run[i].pages; page++)
+            if (madvise((uint8_t *)vector[i].iov_base + (size_t)page * US_PAGE, US_PAGE, advice) == 0)
+                order->taken |= 1ull << (bit + page);
             else
                 order->error = -errno;
-        }
+    }
 }
 
 static void carry_out(struct us_agent *agent, struct us_order *order) {
     if (order->kind == US_ORDER_COPY) {
         copy_out(agent, order);
+        return;
+    }
+    if (order->kind == US_ORDER_READ) {
+        read_out(agent, order);
         return;
     }
     order->taken = order->absent = 0;

@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include "uffd.h"
 #include "pager.h"
+#include "protect.h"
 #include <string.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -310,7 +311,7 @@ static void dropped(struct us_batch *batch, const struct us_order *order) {
     us_count(&region->count.dropped, (uint64_t)pages);
     if (taken != all) {
         us_count(&region->count.refused, (uint64_t)__builtin_popcountll(all & ~taken));
-        stay(batch, all & ~taken, US_DROPPING, batch->kind == US_BATCH_DISCARD ? US_DIRTY : US_CLEAN);
+        stay(batch, all & ~taken, US_DROPPING, batch->kind == US_BATCH_PLACE ? US_CLEAN : US_DIRTY);
     }
     if (batch->kind != US_BATCH_DISCARD)
         us_back_off(region, taken != 0);
@@ -361,6 +362,8 @@ static bool reap_one(struct us_client *client) {
             moved(client, batch, &copy);
         else if (batch->order == US_ORDER_COPY)
             copied(client, batch);
+        else if (batch->order == US_ORDER_READ)
+            us_protect_read(client, batch);
         else if (batch->order == US_ORDER_DROP || batch->order == US_ORDER_DISCARD)
             dropped(batch, &copy);
         else
@@ -410,8 +413,11 @@ void us_check_late(struct us_client *client) {
         uint64_t all = us_batch_mask(batch);
         bool move = batch->order == US_ORDER_MOVE;
         us_count(&batch->region->count.refused, batch->pages);
-        enum us_state to = move || batch->kind == US_BATCH_DISCARD ? US_DIRTY : US_CLEAN;
-        stay(batch, all, move ? US_MOVING : US_DROPPING, to);
+        if (batch->order == US_ORDER_READ) {
+            us_protect_store(client, batch, 0);
+            continue;
+        }
+        stay(batch, all, move ? US_MOVING : US_DROPPING, batch->kind == US_BATCH_PLACE ? US_CLEAN : US_DIRTY);
         us_batch_free(batch);
     }
 }
@@ -457,7 +463,7 @@ int us_write_done(struct us_client *client, uint32_t number, uint64_t accepted, 
 }
 
 static void finish_write(struct us_client *client, struct us_batch *batch) {
-    for (uint32_t i = 0; i < batch->pages; i++) {
+    for (uint32_t i = 0; i < batch->pages && batch->kind == US_BATCH_MOVE; i++) {
         if (!(batch->moved >> i & 1))
             continue;
         if (batch->accepted >> i & 1)
@@ -469,7 +475,10 @@ static void finish_write(struct us_client *client, struct us_batch *batch) {
         us_store_full(batch->region);
     else
         atomic_store(&batch->region->full, false);
-    us_order_post(client, batch, US_ORDER_RELEASE);
+    if (batch->kind == US_BATCH_GUARD)
+        us_protect_stored(client, batch);
+    else
+        us_order_post(client, batch, US_ORDER_RELEASE);
 }
 
 bool us_finish_writes(struct us_client *client) {

@@ -17,7 +17,7 @@
 #define US_STAGING_PAGES (US_BATCHES * US_BATCH_PAGES)
 #define US_TEXT 480u
 
-enum us_order_kind { US_ORDER_MOVE = 1, US_ORDER_DROP = 2, US_ORDER_RELEASE = 3, US_ORDER_COPY = 4, US_ORDER_DISCARD = 5 };
+enum us_order_kind { US_ORDER_MOVE = 1, US_ORDER_DROP = 2, US_ORDER_RELEASE = 3, US_ORDER_COPY = 4, US_ORDER_DISCARD = 5, US_ORDER_READ = 6 };
 enum us_order_state { US_ORDER_EMPTY, US_ORDER_POSTED, US_ORDER_TAKEN, US_ORDER_DONE, US_ORDER_REVOKED };
 
 struct us_run {
@@ -55,7 +55,7 @@ struct us_channel {
     struct us_order order[US_ORDERS];
 };
 /* the buffers of the batches follow the channel, page aligned: the pager reads staging into them with process_vm_readv, or,
- * where that is refused, the agent copies (US_ORDER_COPY) */
+ * where that is refused, the agent copies: from staging (US_ORDER_COPY) or in place (US_ORDER_READ) */
 #define US_CHANNEL_BYTES ((sizeof(struct us_channel) + US_PAGE - 1) / US_PAGE * US_PAGE)
 #define US_CHANNEL_TOTAL (US_CHANNEL_BYTES + (uint64_t)US_STAGING_PAGES * US_PAGE)
 #endif

@@ -1,6 +1,7 @@
 /* A client as the pager sees it: its descriptors, table, channel and threads. */
 #define _GNU_SOURCE
 #include "pager.h"
+#include "protect.h"
 #include "uffd.h"
 #include <errno.h>
 #include <fcntl.h>
@@ -99,6 +100,7 @@ int us_client_create(struct us_client **out, int uffd, int pid, uint64_t feature
     client->copy_out = copy_out != 0;
     client->canary = canary;
     client->server_cpu = client->apart_cpu = -1;
+    client->status_fd = client->merging_fd = -1;
     void *channel = NULL;
     int rc = us_table_open(&client->table);
     client->channel_fd = make_memfd("userswap-channel", US_CHANNEL_TOTAL, &channel);
@@ -139,9 +141,14 @@ int us_client_descriptors(const struct us_client *client, int which) {
 
 uint64_t us_client_table_bytes(const struct us_client *client) { return us_table_bytes(&client->table); }
 
+/* Before the agent is set. */
+void us_client_set_mover(struct us_client *client, int mover) { client->mover = mover; }
+
 void us_client_set_agent(struct us_client *client, uint64_t staging, int tid) {
     client->staging = staging;
     client->agent_tid = tid;
+    if (client->mover == US_MOVER_PROTECT)
+        us_protect_watch(client, tid);
 }
 
 static int start_thread(pthread_t *thread, void *(*body)(void *), struct us_client *client) {
@@ -220,7 +227,8 @@ void us_client_destroy(struct us_client *client) {
     us_table_close(&client->table);
     if (client->channel)
         munmap(client->channel, US_CHANNEL_TOTAL);
-    const int descriptor[] = {client->channel_fd, client->order_fd, client->done_fd, client->loop_fd, client->helper_fd};
+    const int descriptor[] = {client->channel_fd, client->order_fd,  client->done_fd,   client->loop_fd,
+                              client->helper_fd,  client->status_fd, client->merging_fd};
     for (unsigned i = 0; i < sizeof descriptor / sizeof *descriptor; i++)
         if (descriptor[i] >= 0)
             close(descriptor[i]);

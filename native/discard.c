@@ -49,6 +49,7 @@ static bool discard_page(struct us_region *region, struct us_batch *batch, uint3
         return !region->pool && us_handle_of(seen) && forget_stored(region, index, seen);
     case US_CLEAN:
     case US_DIRTY:
+    case US_PROTECTED:
     case US_POISONED:
         if (batch && !(seen & US_BUSY))
             drop_resident(region, batch, index, seen, mark);

@@ -1,11 +1,13 @@
 /* The evict worker: keeps each region below its budget by sending its oldest pages out.
  *
- * DIRTY pages are moved out by the agent (UFFDIO_MOVE is the kernel's own check against pins and writers).  CLEAN pages are
+ * DIRTY pages are moved out by the agent (UFFDIO_MOVE is the kernel's own check against pins and writers), or with the mover
+ * `protect` are protected, wait, and are dropped in place (protect.c).  CLEAN pages are
  * write-protected since they were installed, so their content cannot change behind us: the worker reads them in place,
  * compresses them, and only a page whose swap to DROPPING then wins is dropped, many in one vectored call.
  */
 #define _GNU_SOURCE
 #include "pager.h"
+#include "protect.h"
 #include "report.h"
 #include "uffd.h"
 #include <poll.h>
@@ -63,8 +65,8 @@ static struct us_region *next_wanting(struct us_client *client, bool (*wants)(st
     return found;
 }
 
-/* Read CLEAN pages in place: they stay mapped and readable meanwhile.  Returns how many of the first could be read. */
-static uint32_t read_in_place(struct us_region *region, const uint32_t *index, uint32_t count, uint8_t *buffer) {
+/* Read pages in place, which are write-protected and BUSY: they stay mapped and readable meanwhile.  Returns how many of the first could be read. */
+uint32_t us_read_in_place(struct us_region *region, const uint32_t *index, uint32_t count, uint8_t *buffer) {
     struct iovec local = {buffer, (size_t)count * US_PAGE}, remote[US_BATCH_PAGES];
     unsigned long n = 0;
     for (uint32_t i = 0; i < count; i++) {
@@ -108,7 +110,7 @@ static bool compress_in_place(struct us_batch *batch, uint32_t *index, uint32_t 
     bool full = false;
     uint32_t before = batch->pages;
     for (uint32_t start = 0; start < count;) {
-        uint32_t got = read_in_place(region, index + start, count - start, batch->buffer);
+        uint32_t got = us_read_in_place(region, index + start, count - start, batch->buffer);
         for (uint32_t i = 0; i < got; i++) {
             uint32_t page = index[start + i];
             if (!full && store_in_place(region, page, batch->buffer + (uint64_t)i * US_PAGE, &full))
@@ -130,7 +132,8 @@ static bool compress_in_place(struct us_batch *batch, uint32_t *index, uint32_t 
 }
 
 struct victims {
-    uint32_t move[US_BATCH_PAGES], moves; /* MOVING */
+    uint32_t move[US_BATCH_PAGES], moves; /* MOVING; with the mover `protect` PROTECTED, at most `room` */
+    uint32_t room;
     uint32_t place[US_BATCH_PAGES], places; /* DROPPING */
     uint32_t bare[US_BATCH_PAGES], bares; /* CLEAN | BUSY: no copy yet */
 };
@@ -155,6 +158,8 @@ static void choose(struct us_region *region, uint32_t index, struct victims *vic
             next = us_with_state(gone, US_DROPPING);
         else if (clean)
             next = gone | US_BUSY;
+        else if (client->mover == US_MOVER_PROTECT)
+            next = victims->moves < victims->room ? us_with_state(seen, US_PROTECTED) : seen; /* keeps its entry */
         else
             next = us_with_handle(us_with_state(gone, US_MOVING), slot_base + victims->moves) | US_BUSY;
         if (us_canary_on(client, US_CANARY_DROP_RESCUABLE) && clean && has_copy)
@@ -166,7 +171,7 @@ static void choose(struct us_region *region, uint32_t index, struct victims *vic
             us_queue_push(region, index);
         } else if (us_state_of(next) == US_DROPPING || (clean && has_copy)) {
             victims->place[victims->places++] = index;
-        } else if (us_state_of(next) == US_MOVING) {
+        } else if (us_state_of(next) == US_MOVING || us_state_of(next) == US_PROTECTED) {
             victims->move[victims->moves++] = index;
         } else if (resident) {
             victims->bare[victims->bares++] = index;
@@ -210,11 +215,28 @@ static void post_move(struct us_client *client, struct us_batch *batch, const st
     us_order_post(client, batch, US_ORDER_MOVE);
 }
 
+/* One step for one region with the mover `protect`: out with what has waited, and protect as much again. */
+static bool evict_protected(struct us_client *client, struct us_region *region, uint32_t most) {
+    uint32_t sent = us_protect_send(client, region, most), index[US_BATCH_PAGES];
+    struct us_batch *place = us_batch_take(client, region, US_BATCH_PLACE);
+    if (!place)
+        return sent != 0;
+    struct victims victims = {.room = us_protect_room(region, most, sent)};
+    uint32_t n = us_queue_pop(region, index, sent ? victims.room : most);
+    for (uint32_t i = 0; i < n; i++)
+        choose(region, index[i], &victims, 0);
+    qsort(victims.move, victims.moves, sizeof *victims.move, compare);
+    us_protect(region, victims.move, victims.moves);
+    return post_place(client, place, &victims) || victims.moves || sent;
+}
+
 /* One step for one region: up to a batch of each kind. */
 static bool evict(struct us_client *client, struct us_region *region) {
     /* whole batches, since each costs the agent and the worker a wake-up; smaller ones where the budget is */
     int64_t share = atomic_load(&region->limit) / US_PAGE / 16;
     uint32_t most = share < US_BATCH_PAGES ? (uint32_t)share : US_BATCH_PAGES;
+    if (client->mover == US_MOVER_PROTECT)
+        return evict_protected(client, region, most);
     struct us_batch *place = us_batch_take(client, region, US_BATCH_PLACE);
     struct us_batch *move = place ? us_batch_take(client, region, US_BATCH_MOVE) : NULL;
     if (!move) {

@@ -27,7 +27,13 @@ enum us_batch_state {
     US_BATCH_WRITING,  /* with the asyncio loop, which awaits the store */
     US_BATCH_WRITTEN   /* the store has answered; a worker takes it from here */
 };
-enum us_batch_kind { US_BATCH_MOVE, US_BATCH_PLACE, US_BATCH_DISCARD };
+enum us_batch_kind { US_BATCH_MOVE, US_BATCH_PLACE, US_BATCH_DISCARD, US_BATCH_GUARD /* PROTECTED pages, see protect.c */ };
+
+/* how DIRTY pages leave */
+enum us_mover { US_MOVER_MOVE, US_MOVER_PROTECT };
+
+/* what keeps the mover `protect` from taking any */
+enum us_held { US_HELD_NOT, US_HELD_PINNED, US_HELD_MERGED, US_HELD_UNKNOWN };
 
 /* where the fault server and the agent run: on the faulting thread's CPU (SAME, the default), elsewhere, or as the kernel likes */
 enum us_placement { US_PLACE_NONE, US_PLACE_SAME, US_PLACE_OTHER };
@@ -40,7 +46,7 @@ struct us_batch {
     uint32_t kind;
     uint32_t pages;
     uint32_t order; /* the order kind that is open */
-    uint64_t moved;      /* MOVE: slots that hold data in staging; PLACE: pages whose copy counted in the budget */
+    uint64_t moved;      /* MOVE: slots that hold data in staging; PLACE: pages whose copy counted in the budget; GUARD: those read */
     uint64_t number;   /* counts all batches: which came first */
     int64_t returned;  /* MOVE: slots whose page was put back */
     _Atomic uint64_t stranded; /* MOVE: slots whose rescue found no memory */
@@ -58,7 +64,8 @@ enum us_canary {
     US_CANARY_DROP_RESCUABLE = 4,
     US_CANARY_STALE_CLEAN = 8,
     US_CANARY_LATE_WRITE = 16,
-    US_CANARY_FILL_AFTER_DISCARD = 32
+    US_CANARY_FILL_AFTER_DISCARD = 32,
+    US_CANARY_NO_PROTECTION = 64
 };
 
 struct us_miss {
@@ -74,6 +81,14 @@ struct us_queue { /* resident pages in the order they came; guarded by its lock 
     pthread_mutex_t lock;
     uint32_t *entry;
     uint64_t head, tail, size; /* size is a power of two; entries [tail, head) */
+};
+
+struct us_protected_group;
+
+struct us_protected { /* pages that are PROTECTED and wait, oldest first */
+    pthread_mutex_t lock;
+    struct us_protected_group *first, *last;
+    _Atomic uint32_t pages;
 };
 
 struct us_client;
@@ -97,6 +112,9 @@ struct us_region {
     _Atomic uint32_t upgrade; /* 0..256: how often a page read in is written soon */
     uint32_t sample;
     struct us_queue queue;
+    struct us_protected waiting;
+    _Atomic uint32_t held;   /* enum us_held */
+    _Atomic bool held_told;
     const struct us_prefetch *prefetch;
     void *prefetch_state;
     struct us_counters count;
@@ -111,6 +129,8 @@ struct us_client {
     int agent_tid; /* reads go by the agent's thread: the main thread may have ended before its process */
     uint64_t features;
     uint32_t canary;
+    int mover; /* enum us_mover */
+    int status_fd, merging_fd; /* what /proc tells of the client, for the mover `protect` */
     bool copy_out; /* staging is read by the agent: process_vm_readv is refused */
     uint8_t *own_buffers; /* of the batches, where the client may not see them; NULL: they are in the channel */
     struct us_table table;
@@ -150,6 +170,7 @@ struct us_client {
 /* client.c */
 int us_client_create(struct us_client **out, int uffd, int pid, uint64_t features, int copy_out, uint32_t canary);
 int us_client_descriptors(const struct us_client *client, int which);
+void us_client_set_mover(struct us_client *client, int mover);
 void us_client_set_agent(struct us_client *client, uint64_t staging, int tid);
 int us_client_start(struct us_client *client, int native_server, int placement);
 void us_client_stop(struct us_client *client);
@@ -203,6 +224,7 @@ int us_put_miss(struct us_client *client, const struct us_miss *miss);
 void *us_worker_main(void *client);
 void *us_helper_main(void *client);
 bool us_reap(struct us_client *client);
+uint32_t us_read_in_place(struct us_region *region, const uint32_t *index, uint32_t count, uint8_t *buffer);
 bool us_finish_writes(struct us_client *client);
 void us_back_off(struct us_region *region, bool success);
 struct us_batch *us_batch_take(struct us_client *client, struct us_region *region, uint32_t kind);

@@ -1,6 +1,7 @@
 /* Regions: the interval map from addresses to page words, each region's budget and its queue of resident pages. */
 #define _GNU_SOURCE
 #include "pager.h"
+#include "protect.h"
 #include "uffd.h"
 #include <stdlib.h>
 #include <string.h>
@@ -143,6 +144,7 @@ static void free_region(struct us_region *region) {
     if (region->queue.entry)
         munmap(region->queue.entry, region->queue.size * sizeof *region->queue.entry);
     pthread_mutex_destroy(&region->queue.lock);
+    us_protect_free(region);
     us_prefetch_free(region->prefetch_state);
     free(region);
 }
@@ -167,6 +169,7 @@ int us_region_open(struct us_client *client, uint64_t start, uint64_t pages, uin
     region->prefetch = prefetch;
     region->prefetch_state = us_prefetch_new(prefetch);
     pthread_mutex_init(&region->queue.lock, NULL);
+    pthread_mutex_init(&region->waiting.lock, NULL);
     us_region_limit(region, limit);
     pthread_rwlock_wrlock(&client->map_lock);
     rc = region->prefetch_state ? 0 : -ENOMEM;

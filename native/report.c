@@ -30,6 +30,7 @@ void us_region_report(struct us_region *region, struct us_report *out) {
         .is_refused = atomic_load(&region->refused),
         .agent_late = atomic_load(&region->client->agent_late),
         .cpu = region->client->server_cpu,
+        .held = atomic_load(&region->held),
     };
 }
 
@@ -56,6 +57,17 @@ struct us_region *us_client_full(struct us_client *client) {
     pthread_rwlock_rdlock(&client->map_lock);
     for (uint32_t i = 0; i < client->regions && !found; i++)
         if (atomic_load(&client->region[i]->full_since) && !atomic_exchange(&client->region[i]->full_told, true))
+            found = client->region[i];
+    pthread_rwlock_unlock(&client->map_lock);
+    return found;
+}
+
+/* A region whose written pages cannot leave and of which this was not told before; NULL: none. */
+struct us_region *us_client_held(struct us_client *client) {
+    struct us_region *found = NULL;
+    pthread_rwlock_rdlock(&client->map_lock);
+    for (uint32_t i = 0; i < client->regions && !found; i++)
+        if (atomic_load(&client->region[i]->held) && !atomic_exchange(&client->region[i]->held_told, true))
             found = client->region[i];
     pthread_rwlock_unlock(&client->map_lock);
     return found;

@@ -139,6 +139,7 @@ static bool answer(struct fault *fault) {
     switch (state) {
     case US_CLEAN:
     case US_DIRTY:
+    case US_PROTECTED:
         return resolve_resident(region, index, seen, fault->flags & US_FAULT_WP);
     case US_ZERO:
     case US_STORED:

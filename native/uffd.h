@@ -19,6 +19,11 @@ static inline int us_uffd_copy(int uffd, uint64_t dst, const void *src, uint64_t
     return rc;
 }
 
+static inline int us_uffd_protect(int uffd, uint64_t start, uint64_t len) {
+    struct us_uffd_protect protect = {.range = {start, len}, .mode = US_WP_PROTECT};
+    return ioctl(uffd, US_IOC_PROTECT, &protect) ? -errno : 0;
+}
+
 static inline int us_uffd_unprotect(int uffd, uint64_t start, uint64_t len) {
     struct us_uffd_protect protect = {.range = {start, len}, .mode = 0};
     return ioctl(uffd, US_IOC_PROTECT, &protect) ? -errno : 0;

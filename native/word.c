@@ -7,21 +7,22 @@
 const uint16_t us_transitions[US_STATES] = {
     [US_ZERO] = TO(US_FILLING),
     [US_FILLING] = TO(US_CLEAN) | TO(US_DIRTY) | TO(US_ZERO) | TO(US_STORED) | TO(US_POISONED),
-    [US_CLEAN] = TO(US_UNPROTECTING) | TO(US_MOVING) | TO(US_DROPPING),
+    [US_CLEAN] = TO(US_UNPROTECTING) | TO(US_MOVING) | TO(US_DROPPING) | TO(US_PROTECTED),
     [US_UNPROTECTING] = TO(US_DIRTY) | TO(US_CLEAN),
-    [US_DIRTY] = TO(US_UNPROTECTING) | TO(US_MOVING) | TO(US_DROPPING),
+    [US_DIRTY] = TO(US_UNPROTECTING) | TO(US_MOVING) | TO(US_DROPPING) | TO(US_PROTECTED),
     [US_MOVING] = TO(US_LEAVING) | TO(US_DIRTY) | TO(US_ZERO),
     [US_LEAVING] = TO(US_FILLING) | TO(US_STORED) | TO(US_ZERO),
     [US_DROPPING] = TO(US_STORED) | TO(US_ZERO) | TO(US_CLEAN) | TO(US_DIRTY),
     [US_STORED] = TO(US_FILLING) | TO(US_ZERO),
     [US_POISONED] = TO(US_DROPPING),
+    [US_PROTECTED] = TO(US_UNPROTECTING) | TO(US_DROPPING) | TO(US_DIRTY),
 };
 
 void us_word_check(uint64_t from, uint64_t to) {
     enum us_state a = us_state_of(from), b = us_state_of(to);
     bool allowed = a < US_STATES && b < US_STATES && (a == b || (us_transitions[a] >> b & 1));
     /* invariant 5: a page with a store operation in flight is not a victim */
-    if (allowed && (from & US_BUSY) && a != b && (b == US_MOVING) && us_state_is_resident(a))
+    if (allowed && (from & US_BUSY) && a != b && (b == US_MOVING || b == US_PROTECTED) && us_state_is_resident(a))
         allowed = false;
     /* invariant 1: a waiter is only recorded where the end of the state will wake it */
     if (allowed && (to & US_WAITER) && (us_state_is_resident(b) || b == US_ZERO || b == US_STORED || b == US_POISONED))

@@ -13,6 +13,10 @@
  *  4. Discard bumps the generation; a fill, rescue or store completion of an older generation installs nothing.
  *  5. BUSY: a store operation on this index is in flight.  A BUSY page is not a victim, its index starts no second operation.
  *  6. resident + staging + kept copies <= budget; only a full store or a late agent may let it grow, and that is counted.
+ *  7. PROTECTED arises only from a resident page's entry in the eviction queue, which then waits among the protected until its
+ *     fate is decided: so a page found PROTECTED by its entry has been write-protected without a break since that entry was made.
+ *     It leaves for DROPPING by a swap from PROTECTED, made after its content was read and the grace has passed: a write in
+ *     between has made it DIRTY, and the swap fails.
  *
  * handle: ZERO 0; STORED and CLEAN the pool's handle or US_HANDLE_SAME | pattern (0: no copy in the pool, or in an awaited
  * store); MOVING and LEAVING 1 + batch * 64 + slot; FILLING from an awaited store the ticket of the fill.
@@ -34,6 +38,7 @@ enum us_state {
     US_DROPPING,     /* being dropped in place; no way back until the agent reports */
     US_STORED,       /* only in the store */
     US_POISONED,     /* lost */
+    US_PROTECTED,    /* resident, was writable, write-protected on its way out (mover `protect`) */
     US_STATES
 };
 
@@ -61,7 +66,9 @@ static inline uint64_t us_with_handle(uint64_t word, uint64_t handle) {
 static inline uint64_t us_next_generation(uint64_t word) {
     return (word & ~US_GENERATION_MASK) | ((word + (1ull << US_GENERATION_SHIFT)) & US_GENERATION_MASK);
 }
-static inline bool us_state_is_resident(enum us_state state) { return state == US_CLEAN || state == US_DIRTY; }
+static inline bool us_state_is_resident(enum us_state state) {
+    return state == US_CLEAN || state == US_DIRTY || state == US_PROTECTED;
+}
 
 void us_word_check(uint64_t from, uint64_t to);
 

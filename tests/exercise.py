@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import sys
 import threading
 import time
 from typing import Any
 
+import userswap
 from proof import LOST, STUCK
-from userswap import Region
 from userswap.native import ffi, lib
 
 PAGE = 4096
@@ -20,9 +21,23 @@ KINDS = {
 }
 
 
-def address_of(region: Region) -> int:
-    with memoryview(region.memory) as view:
+MOVER = os.environ.get("USERSWAP_TEST_MOVER", "auto")
+
+
+class Region(userswap.Region):
+    """With the mover that the test asks for."""
+
+    def __init__(self, size: int | str, **how: Any) -> None:
+        super().__init__(size, **{"mover": MOVER, **how})
+
+
+def address_of_buffer(buffer: memoryview | mmap.mmap) -> int:
+    with memoryview(buffer) as view:
         return int(ffi.cast("uintptr_t", ffi.from_buffer(view)))
+
+
+def address_of(region: userswap.Region) -> int:
+    return address_of_buffer(region.memory)
 
 
 def fail(status: int, text: str) -> None:
@@ -36,7 +51,7 @@ class Writers:
 
     def __init__(
         self,
-        region: Region,
+        region: userswap.Region,
         *,
         seed: int,
         steps: int,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import random
 import sys
@@ -12,11 +13,11 @@ import threading
 import time
 from pathlib import Path
 
-from exercise import PAGE, Writers, address_of, expect
+from exercise import PAGE, Region, Writers, address_of, address_of_buffer, expect
 from rawcalls import Ring, futex_wait, futex_wake, in_memory, lock, read_process, unlock
 from scenarios import LEAST, MIB, copy_out, fill, stamp, stored_pages
-from userswap import Region
-from userswap.engine.errors import UserswapError
+from userswap.engine import region as region_module
+from userswap.engine.errors import ResidentError, UserswapError
 
 
 def sweep(region: Region, first: int = 0) -> None:
@@ -131,6 +132,26 @@ def keep_pinned_pages(*, seed: int, store: str, path: str, folder: str) -> None:
             sweep(region, first + 16)
         expect(not all(in_memory(base + start, 16)), "unpinned pages are never taken")
         expect(region.memory[start : start + length] == content, "lost after the pin")
+
+
+def hold_written_pages_by_a_pin() -> None:
+    """With the mover protect a pin of other memory holds what was written, and says so."""
+    region_module.RESIZE_STALL_S = 1.0
+    with Region(4 * MIB, resident=4 * MIB, store="memory:", name="held") as region:
+        fill(region)
+        elsewhere = mmap.mmap(-1, PAGE)
+        ring = Ring(address_of_buffer(elsewhere), PAGE)
+        try:
+            region.resize_resident(2 * MIB)
+            expect(False, "what was written left, in spite of a pin")
+        except ResidentError as error:
+            expect("VmPin" in str(error), str(error))
+        expect("VmPin" in region.stats().held_by, "nothing is said")
+        ring.close()
+        region.resize_resident(2 * MIB)
+        expect(region.stats().held_by == "", "it is not taken back")
+        for page in range(region.size // PAGE):
+            expect(copy_out(region, page) == stamp(page, 0), f"page {page} is lost")
 
 
 def keep_locked_pages(*, store: str, path: str) -> None:

@@ -8,10 +8,9 @@ import sys
 import threading
 import time
 
-from exercise import PAGE, Writers, address_of, expect
+from exercise import PAGE, Region, Writers, address_of, expect
 from rawcalls import in_memory
 from scenarios import LEAST, MIB, copy_out, fill, stamp
-from userswap import Region
 from userswap.engine.cli import main
 
 

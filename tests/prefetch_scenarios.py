@@ -5,9 +5,8 @@ from __future__ import annotations
 import threading
 import time
 
-from exercise import PAGE, expect
+from exercise import PAGE, Region, expect
 from scenarios import MIB, copy_out, fill, stored_pages
-from userswap import Region
 
 
 def beside_faults() -> None:

@@ -11,10 +11,10 @@ import threading
 import time
 from typing import Any
 
-from exercise import PAGE, Writers, address_of, expect, fail
+import userswap
+from exercise import PAGE, Region, Writers, address_of, expect, fail
 from proof import STUCK
 from rawcalls import in_memory
-from userswap import Region
 
 MIB = 1 << 20
 LEAST = 352 * PAGE
@@ -26,12 +26,12 @@ def stamp(page: int, version: int) -> bytes:
     return (page << 32 | version << 1 | 1).to_bytes(8, "little") * (PAGE // 8)
 
 
-def fill(region: Region, version: int = 0) -> None:
+def fill(region: userswap.Region, version: int = 0) -> None:
     for page in range(region.size // PAGE):
         region.memory[page * PAGE : (page + 1) * PAGE] = stamp(page, version)
 
 
-def copy_out(region: Region, page: int) -> bytes:
+def copy_out(region: userswap.Region, page: int) -> bytes:
     """A page's content by way of a system call, which reads it without the interpreter lock."""
     memfd = os.memfd_create("copy")
     try:
@@ -41,7 +41,7 @@ def copy_out(region: Region, page: int) -> bytes:
         os.close(memfd)
 
 
-def stored_pages(region: Region, first: int = 0) -> list[int]:
+def stored_pages(region: userswap.Region, first: int = 0) -> list[int]:
     """Pages that are not in memory, at least some."""
     present = in_memory(address_of(region), region.size // PAGE)
     absent = [page for page, here in enumerate(present) if page >= first and not here]
@@ -148,7 +148,7 @@ def change_the_budget(*, seed: int, store: str, path: str) -> None:
         print(f"{writers.finish()} steps")
 
 
-def writers_in_a_signal_storm(*, seed: int, store: str, path: str) -> None:
+def writers_in_a_signal_storm(*, seed: int, store: str, path: str, steps: int = 20_000) -> None:
     """SIGALRM every millisecond, in threads that fault and in system calls that do."""
     alarms = [0]
 
@@ -160,7 +160,7 @@ def writers_in_a_signal_storm(*, seed: int, store: str, path: str) -> None:
         half = region.size // PAGE // 2
         for page in range(half, 2 * half):
             region.memory[page * PAGE : (page + 1) * PAGE] = stamp(page, 0)
-        writers = Writers(region, seed=seed, steps=20_000, threads=2, pages=half).start()
+        writers = Writers(region, seed=seed, steps=steps, threads=2, pages=half).start()
         choice = random.Random(seed)
         signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
         turns = 0

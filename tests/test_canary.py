@@ -22,6 +22,7 @@ class Canary:
     bit: int
     source: str
     verdict: int
+    mover: str = "auto"
 
 
 SEED = 1
@@ -75,6 +76,13 @@ CANARIES = [
         ),
         LOST,
     ),
+    Canary(
+        "no_protection",
+        64,
+        call(scenarios.count, seed=SEED, store="trial:?write_delay=20ms", steps=4_000, reads=5),
+        LOST,
+        "protect",
+    ),
 ]
 
 
@@ -83,9 +91,10 @@ TRIES = 5
 
 @pytest.mark.parametrize("canary", CANARIES, ids=[canary.name for canary in CANARIES])
 def test_a_wrong_mover_is_caught_and_a_right_one_passes(canary: Canary) -> None:
+    env = {"USERSWAP_TEST_MOVER": canary.mover}
     # Whether a wrong mover meets its victim is a matter of timing, on a busy machine above all.
     for _ in range(TRIES):
-        with Child(canary.source, canary=canary.bit) as child:
+        with Child(canary.source, canary=canary.bit, env=env) as child:
             status = child.wait(40)
             print(child.out)
             # A debug build may see the forbidden step itself: then the pager ends, and its client.
@@ -93,5 +102,5 @@ def test_a_wrong_mover_is_caught_and_a_right_one_passes(canary: Canary) -> None:
         if caught:
             break
     assert caught, f"exit status {status}: the loss tests would not have told"
-    with Child(canary.source) as child:
+    with Child(canary.source, env=env) as child:
         assert child.wait(40) == 0

@@ -197,7 +197,7 @@ def held_stats(resident: int) -> RegionStats:
     [(3 << 20, "5MiB of 8MiB (62 %)"), (8 << 20, "none: the"), (9 << 20, "none: the")],
 )
 def test_only_what_was_saved_is_called_saved(held: int, saved: str) -> None:
-    plan = Plan((), 8 << 20, 2 << 20, "ram:", 1, user_mode_only=False, notes=())
+    plan = Plan((), 8 << 20, 2 << 20, "ram:", 1, user_mode_only=False, mover="move", notes=())
     text = as_text(plan, Outcome(files_stats=held_stats(held)))
     row = next(line for line in text.splitlines() if line.startswith("memory saved"))
     assert row.removeprefix("memory saved").strip().startswith(saved)

@@ -125,6 +125,29 @@ def test_the_device_gets_past_a_filter() -> None:
     assert finding(report, "seccomp").status == "ok"
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"features": ALL_FEATURES & ~probe.FEATURE_MOVE}, "needs Linux 6.8"),
+        ({"move": errno.EPERM}, "UFFDIO_MOVE is offered but fails: EPERM"),
+    ],
+)
+def test_the_mover_for_kernels_that_cannot_move(change: dict[str, object], reason: str) -> None:
+    facts = replace(ROOT, **change)  # type: ignore[arg-type]
+    by_default = probe.service_level(facts, "move")
+    assert by_default.level == "none"
+    assert reason in by_default.reason
+    assert "Linux 6.8" in by_default.remedy
+    assert 'Region(mover="protect")' in by_default.remedy
+    report = examine(facts, HOST)
+    assert (report.service.level, report.exit_code) == ("full", 1)
+    assert [each.topic for each in report.shortcomings] == ["mover"]
+    mover = finding(report, "mover")
+    assert mover.fact.startswith("protect")
+    assert "O_DIRECT" in mover.use
+    assert finding(examine(ROOT, HOST), "mover").fact == "move"
+
+
 def test_capabilities_of_a_user_namespace_do_not_count() -> None:
     rootless = replace(NOBODY, capabilities=(1 << 40) - 1, user_namespace=True, container=True)
     level, reason, _ = probe.service_level(rootless)
@@ -135,9 +158,7 @@ def test_capabilities_of_a_user_namespace_do_not_count() -> None:
 @pytest.mark.parametrize(
     ("change", "reason", "remedy"),
     [
-        ({"features": ALL_FEATURES & ~probe.FEATURE_MOVE}, "needs Linux 6.8", "Linux 6.8"),
         ({"features": ALL_FEATURES & ~1, "kernel": "5.6.0"}, "needs Linux 5.7", "Linux 6.8"),
-        ({"move": errno.EPERM}, "UFFDIO_MOVE is offered but fails: EPERM", "Linux 6.8"),
         ({"page_size": 65536}, "65536 bytes", "pages of 4096 bytes"),
         ({"merging": True}, "KSM", "PR_SET_MEMORY_MERGE"),
     ],

@@ -21,7 +21,10 @@ from userswap.engine.page_table import (
 )
 from userswap.native import check, ffi, lib
 
-ZERO, FILLING, CLEAN, UNPROTECTING, DIRTY, MOVING, LEAVING, DROPPING, STORED, POISONED = State
+ZERO, FILLING, CLEAN, UNPROTECTING, DIRTY, MOVING, LEAVING, DROPPING, STORED, POISONED = list(
+    State
+)[:10]
+PROTECTED = State.PROTECTED
 
 ALLOWED = {
     # A fault on what has no content; nothing else happens to it.
@@ -29,10 +32,10 @@ ALLOWED = {
     # Read or write; or given up, so that it is what it was; or lost.
     FILLING: {CLEAN, DIRTY, ZERO, STORED, POISONED},
     # Written; moved out all the same; dropped.
-    CLEAN: {UNPROTECTING, MOVING, DROPPING},
+    CLEAN: {UNPROTECTING, MOVING, DROPPING, PROTECTED},
     UNPROTECTING: {DIRTY, CLEAN},
     # Never to CLEAN: that arises only by installing with write protection.
-    DIRTY: {UNPROTECTING, MOVING, DROPPING},
+    DIRTY: {UNPROTECTING, MOVING, DROPPING, PROTECTED},
     # Out; refused; there was nothing.
     MOVING: {LEAVING, DIRTY, ZERO},
     # Rescued; stored; discarded.
@@ -42,6 +45,8 @@ ALLOWED = {
     STORED: {FILLING, ZERO},
     # Only a discard ends it.
     POISONED: {DROPPING},
+    # Written; dropped; given up. Never to CLEAN, nor to STORED past the one who drops it.
+    PROTECTED: {UNPROTECTING, DROPPING, DIRTY},
 }
 
 
@@ -53,7 +58,9 @@ def test_the_native_table_is_the_documented_one() -> None:
 def test_what_the_table_must_never_allow() -> None:
     table = transitions()
     # Memory is given up only after the store has it, and by one who has won the word.
-    assert not any(STORED in table[state] for state in (CLEAN, DIRTY, UNPROTECTING, MOVING, ZERO))
+    assert not any(
+        STORED in table[state] for state in (CLEAN, DIRTY, PROTECTED, UNPROTECTING, MOVING, ZERO)
+    )
     # A rescue is a copy through FILLING: nothing comes back from LEAVING as resident by itself.
     assert not table[LEAVING] & {CLEAN, DIRTY}
     # A writer that is being let through is never a victim.

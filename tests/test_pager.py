@@ -12,7 +12,14 @@ import pytest
 from userswap.engine.connection import Connection
 from userswap.engine.control import Message, receive, send
 
-HELLO = {"op": "hello", "features": 0, "fault_path": "native", "placement": 0, "canary": 0}
+HELLO = {
+    "op": "hello",
+    "features": 0,
+    "fault_path": "native",
+    "placement": 0,
+    "mover": "move",
+    "canary": 0,
+}
 NOBODY = 1 << 22
 """No process has this number: it is the most that the kernel gives out."""
 
@@ -69,6 +76,7 @@ async def peer() -> AsyncIterator[Peer]:
         ({**HELLO, "pid": os.getpid()}, 2),
         ({**HELLO, "pid": os.getpid()}, 8),
         ({**HELLO, "pid": os.getpid(), "placement": "moon"}, 1),
+        ({**HELLO, "pid": os.getpid(), "mover": "moon"}, 1),
         ({**HELLO, "pid": os.getpid(), "features": None}, 1),
         ({**HELLO, "pid": os.getppid()}, 1),
         (HELLO, 1),

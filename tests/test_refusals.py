@@ -24,8 +24,8 @@ def refuse(kind, *words, size="4MiB", **options):
     else:
         raise AssertionError(f"{size} {options} was accepted: {made}")
 
-def works():
-    with userswap.Region("4MiB", resident="2MiB") as made:
+def works(**how):
+    with userswap.Region("4MiB", resident="2MiB", **how) as made:
         made.memory[:] = b"w" * made.size
         assert bytes(made.memory) == b"w" * made.size
 
@@ -77,6 +77,7 @@ refuse(Config, "fault_path", "native", "asyncio", fault_path="quick")
 refuse(Config, "on_full", "grow", "stall", on_full="panic")
 refuse(Config, "on_pager_death", "abort", "block", on_pager_death="pray")
 refuse(Config, "placement", "auto", "same", "other", "none", placement="moon")
+refuse(Config, "mover", "auto", "move", "protect", mover="moon")
 refuse(Config, "prefetch", "'stream'", "streams", prefetch="stream")
 refuse(Config, "user_mode_only", user_mode_only="perhaps")
 assert issubclass(Config, ValueError)
@@ -191,7 +192,10 @@ def pretend(**changes):
 pretend(page_size=65536)
 refuse(Unsupported, "65536", "4096")
 pretend(features=facts.features & ~probe.FEATURE_MOVE, kernel="6.1.0-test", move=errno.ENOTTY)
-refuse(Unsupported, "6.1.0-test", "Linux 6.8")
+refuse(Unsupported, "6.1.0-test", "Linux 6.8", 'Region(mover="protect")')
+sys.stderr = None  # where its limit would be told
+works(mover="protect")
+sys.stderr = sys.__stderr__
 pretend(device=errno.ENOENT, syscall=errno.ENOSYS, user_mode=errno.ENOSYS, seccomp=0,
         unprivileged_userfaultfd=None)
 refuse(Unsupported, "CONFIG_USERFAULTFD")

@@ -11,6 +11,10 @@ struct us_miss {
 };
 
 int us_client_create(struct us_client **out, int uffd, int pid, uint64_t features, int copy_out, uint32_t canary);
+enum us_mover { US_MOVER_MOVE, US_MOVER_PROTECT };
+enum us_held { US_HELD_NOT, US_HELD_PINNED, US_HELD_MERGED, US_HELD_UNKNOWN };
+
+void us_client_set_mover(struct us_client *client, int mover);
 int us_client_descriptors(const struct us_client *client, int which);
 void us_client_set_agent(struct us_client *client, uint64_t staging, int tid);
 int us_client_start(struct us_client *client, int native_server, int placement);

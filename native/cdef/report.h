@@ -3,6 +3,7 @@ struct us_report {
     uint64_t zero, load, awaited, rescue, protect, spurious, forgotten, parked;
     uint64_t ahead, dropped, moved, refused, put_back, full, over_budget, lost, vanished;
     int32_t is_full, is_refused, agent_late, cpu;
+    uint32_t held;
 };
 
 struct us_batch_report {
@@ -17,6 +18,7 @@ void us_region_report(struct us_region *region, struct us_report *out);
 struct us_region *us_client_stuck(struct us_client *client);
 struct us_region *us_client_parked(struct us_client *client);
 struct us_region *us_client_full(struct us_client *client);
+struct us_region *us_client_held(struct us_client *client);
 void us_region_census(struct us_region *region, uint64_t *pages);
 uint64_t us_region_latency(const struct us_region *region, int awaited, double fraction);
 uint64_t us_region_latency_count(const struct us_region *region, int awaited);
