@@ -86,3 +86,12 @@ int us_value_decode(const void *value, uint32_t length, void *page) {
     memcpy(page, content, US_CODEC_PAGE);
     return 0;
 }
+
+int us_value_join(const void *head, uint32_t length, const void *tail, uint32_t rest, void *page) {
+    const uint8_t *tag = head;
+    if (!length || rest > US_CODEC_PAGE || length + rest != US_VALUE_MAX || *tag != US_CODEC_NONE)
+        return -EILSEQ;
+    memcpy(page, tag + 1, length - 1);
+    memcpy((uint8_t *)page + length - 1, tail, rest);
+    return 0;
+}

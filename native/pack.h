@@ -25,4 +25,7 @@ int us_unpack(int codec, int width, const void *packed, uint32_t length, void *p
 
 /* The page that a value stands for: 0, -EILSEQ where it stands for none, -ENOMEM.  Its codec has to be open. */
 int us_value_decode(const void *value, uint32_t length, void *page);
+
+/* The same for a page kept as it is, whose value was cut in two: 0, -EILSEQ. */
+int us_value_join(const void *head, uint32_t length, const void *tail, uint32_t rest, void *page);
 #endif

@@ -12,6 +12,8 @@ STORES = {
     "ram:lz4": "ram:lz4?limit=1MiB",
     "ram:zstd?level=3": "ram:zstd?limit=1MiB",
     "ram:none": "ram:none?limit=1MiB",
+    "lmdb:{dir}": "lmdb:{dir}?map_size=2MiB",
+    "lmdb:{dir}?codec=lz4&durability=commit": "lmdb:{dir}?codec=none&map_size=2MiB",
 }
 """Every store, and one of its kind that is soon full."""
 FILTERS = (

@@ -6,3 +6,4 @@ int us_pack_width(int codec, const void *page, uint32_t length);
 int us_pack(int codec, int level, int shuffle, const void *page, void *out, uint32_t room, int *width);
 int us_unpack(int codec, int width, const void *packed, uint32_t length, void *page);
 int us_value_decode(const void *value, uint32_t length, void *page);
+int us_value_join(const void *head, uint32_t length, const void *tail, uint32_t rest, void *page);

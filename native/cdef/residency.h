@@ -1,0 +1,1 @@
+int us_is_resident(uint64_t address);

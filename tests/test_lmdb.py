@@ -1,0 +1,575 @@
+"""`lmdb:` beside what every store is held to: the file, its space, who waits, what survives."""
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import lmdb
+import pytest
+
+from support import run_child
+from userswap.backends.grammar import GrammarError
+from userswap.backends.lmdb import INLINE_BLOCKS, LmdbStore
+from userswap.backends.registry import open_stack
+from userswap.backends.store import (
+    Geometry,
+    PageLostError,
+    Run,
+    Store,
+    StoreError,
+    StoreFailedError,
+    StoreFullError,
+)
+
+PAGE = 4096
+PAGES = 1 << 20
+MIB = 1 << 20
+
+
+def url_of(path: Path, options: str = "") -> str:
+    return f"lmdb:{path}?{options}" if options else f"lmdb:{path}"
+
+
+async def open_at(path: Path, options: str = "", page_size: int = PAGE) -> LmdbStore:
+    store = await open_stack(url_of(path, options), Geometry(PAGES, page_size))
+    assert isinstance(store, LmdbStore)
+    return store
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[LmdbStore]:
+    opened = await open_at(tmp_path / "store", "map_size=1GiB")
+    yield opened
+    await opened.aclose()
+
+
+async def read(store: Store, index: int) -> bytes:
+    buffer = bytearray(b"\xaa" * store.page_size)
+    await store.read([Run(index, memoryview(buffer))])
+    return bytes(buffer)
+
+
+async def write(store: Store, index: int, data: bytes) -> None:
+    await store.write([Run(index, memoryview(data))])
+
+
+HEAP = """
+import ast, contextlib, random, sys, sysconfig
+from pathlib import Path
+import asyncio, decimal, email, json, http.client, logging, numpy, unittest
+
+library = sorted(Path(sysconfig.get_path("stdlib")).glob("a*.py"))
+trees = [ast.parse(path.read_bytes()) for path in library]
+rows = [{"id": i, "name": f"user{i}", "tags": ["a", str(i % 7)], "at": i / 7} for i in range(20000)]
+pages = []
+with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb", buffering=0) as memory:
+    for line in maps:
+        span, rights, _, _, inode, *name = line.split()
+        if rights == "rw-p" and inode == "0" and name in ([], ["[heap]"]):
+            start, end = (int(place, 16) for place in span.split("-"))
+            memory.seek(start)
+            with contextlib.suppress(OSError):
+                content = memory.read(min(end - start, 8 << 20))
+                pages += [content[at : at + 4096] for at in range(0, len(content), 4096)]
+pages = [page for page in pages if any(page)]
+Path(sys.argv[1]).write_bytes(b"".join(random.Random(1).sample(pages, 1500)))
+"""
+
+
+def heap_pages(path: Path) -> list[bytes]:
+    """What memory is typically like: pages of another interpreter's, none of them empty."""
+    assert run_child(HEAP, args=[str(path)]).returncode == 0
+    content = path.read_bytes()
+    return [content[at : at + PAGE] for at in range(0, len(content), PAGE)]
+
+
+# --- space ---
+
+
+async def churned(store: LmdbStore, kit: list[bytes], seed: int, pages: int = 16384) -> float:
+    """Fill in random order, overwrite everything three times: the file over the raw pages."""
+    rng = random.Random(seed)
+    for _ in range(4):
+        order = rng.sample(range(pages), pages)
+        for at in range(0, pages, 64):
+            runs = [Run(index, memoryview(rng.choice(kit))) for index in order[at : at + 64]]
+            await store.write(runs)
+    env = store._database.env
+    return (env.info()["last_pgno"] + 1) * env.stat()["psize"] / (pages * PAGE)
+
+
+async def test_incompressible_pages_cost_one_page_each(store: LmdbStore, seed: int) -> None:
+    rng = random.Random(seed)
+    assert await churned(store, [rng.randbytes(PAGE) for _ in range(64)], seed) <= 1.05
+
+
+async def test_typical_pages_cost_little_more_than_half(
+    store: LmdbStore, tmp_path: Path, seed: int
+) -> None:
+    assert await churned(store, heap_pages(tmp_path / "heap"), seed) <= 0.6
+
+
+async def test_pages_that_change_their_kind_leave_nothing_behind(
+    store: LmdbStore, seed: int
+) -> None:
+    noise, text = random.Random(seed).randbytes(PAGE), b"evict" * 819 + b"\0"
+    tails = store._database.tails
+
+    def entries() -> int:
+        with store._database.env.begin() as txn:
+            return txn.stat(tails)["entries"] + txn.stat(store._database.values)["entries"]
+
+    for data, count in ((noise, 2), (text, 1), (noise, 2), (bytes(PAGE), 0), (noise, 2)):
+        await write(store, 7, data)
+        assert await read(store, 7) == data
+        assert entries() == count
+    await store.discard(0, PAGES)
+    assert entries() == 0
+
+
+async def test_no_reader_is_held_so_the_file_does_not_grow(store: LmdbStore, seed: int) -> None:
+    rng = random.Random(seed)
+    noise = [rng.randbytes(PAGE) for _ in range(8)]
+    sizes = []
+    for _ in range(12):
+        for at in range(0, 512, 64):
+            await store.write([Run(at + i, memoryview(rng.choice(noise))) for i in range(64)])
+            await read(store, at)
+        sizes.append(store._database.env.info()["last_pgno"])
+    assert sizes[-1] <= sizes[2] * 1.05
+
+
+# --- who waits ---
+
+
+async def test_what_is_cold_is_read_beside_the_loop(
+    store: LmdbStore, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = [random.Random(seed + i).randbytes(PAGE) for i in range(INLINE_BLOCKS + 1)]
+    await write(store, 0, b"".join(pages))
+    places: list[str] = []
+    original = store._get
+
+    def watched(wanted: list[tuple[int, memoryview]]) -> StoreError | None:
+        places.append(threading.current_thread().name)
+        return original(wanted)
+
+    monkeypatch.setattr(store, "_get", watched)
+    assert await read(store, 3) == pages[3]
+    assert places.pop() == threading.current_thread().name
+    monkeypatch.setattr("userswap.backends.lmdb.lib", ColdMemory())
+    assert await read(store, 3) == pages[3]
+    assert places.pop().startswith("lmdb-read")
+    monkeypatch.undo()
+    monkeypatch.setattr(store, "_get", watched)
+    buffer = bytearray(len(pages) * PAGE)
+    await store.read([Run(0, memoryview(buffer))])
+    assert places.pop().startswith("lmdb-read")
+    assert bytes(buffer) == b"".join(pages)
+
+
+class ColdMemory:
+    """A core to which nothing is resident."""
+
+    def __getattr__(self, name: str) -> object:
+        from userswap.native import lib
+
+        return (lambda place: 0) if name == "us_is_resident" else getattr(lib, name)
+
+
+async def test_pages_dropped_from_the_page_cache_are_seen_to_be(tmp_path: Path, seed: int) -> None:
+    """The real thing, where the file system lets a file's pages go."""
+    store = await open_at(tmp_path / "store", "durability=commit")
+    noise = random.Random(seed).randbytes(PAGE)
+    await write(store, 5, noise)
+    assert store._is_at_hand(5)
+    await store.aclose()
+    store = await open_at(tmp_path / "store")
+    assert not store._is_at_hand(5)  # nobody has seen it yet
+    assert await read(store, 5) == noise
+    assert store._is_at_hand(5)
+    await store.aclose()
+
+
+async def test_the_loop_turns_while_much_is_written(store: LmdbStore, seed: int) -> None:
+    rng = random.Random(seed)
+    kit = [rng.randbytes(2000) + bytes(PAGE - 2000) for _ in range(512)]
+    writing = asyncio.gather(
+        *(store.write([Run(at, memoryview(b"".join(kit)))]) for at in range(0, 4096, 512))
+    )
+    longest, last = 0.0, time.monotonic()
+    while not writing.done():
+        await asyncio.sleep(0)
+        longest, last = max(longest, time.monotonic() - last), time.monotonic()
+    await writing
+    assert longest < 0.25  # what it writes takes several times as long
+
+
+async def test_a_cancelled_write_has_let_go_of_its_buffer(store: LmdbStore, seed: int) -> None:
+    old, new = b"o" * PAGE, random.Random(seed).randbytes(PAGE)
+    await write(store, 1, old)
+    buffer = bytearray(new)
+    task = asyncio.create_task(store.write([Run(1, memoryview(buffer))]))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    buffer[:] = b"x" * PAGE
+    assert await read(store, 1) in (old, new)
+
+
+async def test_errors_hold_on_to_no_buffer(tmp_path: Path, seed: int) -> None:
+    store = await open_at(tmp_path / "store", "map_size=1MiB")
+    buffer = bytearray(random.Random(seed).randbytes(400 * PAGE))
+    try:
+        await store.write([Run(2, memoryview(buffer))])
+    except StoreFullError as error:
+        page = error.page
+    await asyncio.sleep(0)  # the loop's own turn ends
+    assert page == 2
+    buffer.clear()  # a BufferError while anybody has a view of it
+    await store.aclose()
+
+
+# --- what survives ---
+
+CHILD = """
+import asyncio, os, sys
+from userswap.backends.registry import open_stack
+from userswap.backends.store import Geometry, Run
+
+async def main():
+    store = await open_stack(sys.argv[1], Geometry(1 << 20))
+    for round in range(1000):
+        stamp = round.to_bytes(4, "little")
+        data = b"".join(stamp + os.urandom(2044) + bytes(2048) for _ in range(64))
+        await store.write([Run(round % 8 * 64, memoryview(data))])
+        await store.flush()
+        print(round, flush=True)
+
+asyncio.run(main())
+"""
+
+
+def flushed_before_kill(url: str) -> int:
+    """The last round that a child said it had flushed before it was killed."""
+    command = [sys.executable, "-c", CHILD, url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        rounds = []
+        for line in child.stdout:
+            rounds.append(int(line))
+            if rounds[-1] == 20:
+                child.send_signal(signal.SIGKILL)
+        return rounds[-1]
+
+
+@pytest.mark.parametrize("options", ["durability=commit", "durability=interval&interval=5ms", ""])
+async def test_what_was_flushed_survives_kill_9(tmp_path: Path, options: str) -> None:
+    path = tmp_path / "store"
+    flushed = flushed_before_kill(url_of(path, options))
+    store = await open_at(path)
+    for slot in range(8):
+        rounds = {
+            int.from_bytes((await read(store, slot * 64 + i))[:4], "little") for i in range(64)
+        }
+        # Written after the last line that came out: whole or not at all.
+        latest = flushed - (flushed - slot) % 8
+        assert rounds in ({latest}, {latest + 8})
+    await store.aclose()
+
+
+@pytest.mark.parametrize("page_size", [16 * 1024, 2 * MIB])
+async def test_larger_pages_come_back(tmp_path: Path, page_size: int, seed: int) -> None:
+    path = tmp_path / "store"
+    store = await open_at(path, page_size=page_size)
+    data = random.Random(seed).randbytes(page_size)
+    await write(store, PAGES - 1, data)
+    await store.aclose()
+    with pytest.raises(StoreFailedError, match=r"holds pages of .*, not of 4KiB"):
+        await open_at(path)
+    store = await open_at(path, "codec=none", page_size=page_size)
+    assert await read(store, PAGES - 1) == data
+    assert await read(store, PAGES - 2) == bytes(page_size)
+    await store.aclose()
+
+
+# --- whose file it is ---
+
+
+OPENER = """
+import asyncio, resource, sys
+from userswap.backends.registry import open_stack
+from userswap.backends.store import Geometry
+
+resource.setrlimit(resource.RLIMIT_AS, (1 << 33, 1 << 33))
+try:
+    asyncio.run(open_stack(sys.argv[1], Geometry(9)))
+except Exception as error:
+    print(error)
+"""
+
+
+async def test_it_is_taken_by_one_opener(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    store = await open_at(path)
+    with pytest.raises(StoreFailedError, match="in use"):
+        await open_at(path)
+    assert "in use" in run_child(OPENER, args=[url_of(path)]).stdout
+    await store.aclose()
+    await (await open_at(path)).aclose()
+    for name in ("data.mdb", "lock.mdb"):
+        assert stat.S_IMODE((path / name).stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+
+
+async def test_a_forked_child_neither_uses_nor_holds_it(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    store = await open_at(path)
+    await write(store, 0, b"p" * PAGE)
+    child, said = forked(store)
+    try:
+        assert "another process" in said
+        assert await read(store, 0) == b"p" * PAGE
+        await store.aclose()
+        store = await open_at(path)
+        assert await read(store, 0) == b"p" * PAGE
+        await store.aclose()
+    finally:
+        reap(child)
+
+
+def forked(store: LmdbStore) -> tuple[int, str]:
+    """A child of this process that goes on living, and what it is told when it uses the store."""
+    out, into = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            try:
+                store._check()
+            except StoreFailedError as error:
+                os.write(into, str(error).encode())
+            time.sleep(30)
+        os._exit(0)
+    os.close(into)
+    with open(out) as pipe:
+        return child, pipe.read(len("lmdb: was opened by another process"))
+
+
+def reap(child: int) -> None:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+async def test_what_is_not_ours_is_refused_untouched(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "data.mdb").write_bytes(b"somebody's letters" * 1000)
+    with pytest.raises(StoreFailedError, match="not an LMDB database"):
+        await open_at(text)
+    assert (text / "data.mdb").read_bytes() == b"somebody's letters" * 1000
+    foreign = tmp_path / "foreign"
+    with lmdb.open(str(foreign), max_dbs=2) as env, env.begin(write=True) as txn:
+        txn.put(b"key", b"value")
+    before = (foreign / "data.mdb").read_bytes()
+    with pytest.raises(StoreFailedError, match="not userswap's"):
+        await open_at(foreign)
+    assert (foreign / "data.mdb").read_bytes() == before
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreFailedError, match="not a directory"):
+        await open_at(tmp_path / "file")
+    with pytest.raises(StoreFailedError, match="No such file"):
+        await open_at(tmp_path / "nowhere" / "store")
+    with pytest.raises(GrammarError, match="path of a directory"):
+        await open_stack("lmdb:", Geometry(9))
+    with pytest.raises(GrammarError, match="unknown option 'interval'"):
+        await open_stack(f"lmdb:{tmp_path / 'x'}?interval=1s", Geometry(9))
+
+
+async def test_a_damaged_database_says_so(tmp_path: Path, seed: int) -> None:
+    path = tmp_path / "store"
+    store = await open_at(path, "codec=none")
+    rng = random.Random(seed)
+    pages = [rng.randbytes(PAGE) for _ in range(64)]
+    await write(store, 0, b"".join(pages))
+    await store.aclose()
+    file = path / "data.mdb"
+    whole = file.read_bytes()
+    place = whole.index(b"\0" + pages[7][:64])
+    file.write_bytes(whole[:place] + b"\x77" + whole[place + 1 :])
+    store = await open_at(path)
+    with pytest.raises(PageLostError) as lost:
+        await read(store, 7)
+    assert lost.value.page == 7
+    assert await read(store, 8) == pages[8]
+    await write(store, 7, pages[0])
+    assert await read(store, 7) == pages[0]
+    await store.aclose()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(StoreFailedError, match="cut short"):
+        await open_at(path)
+    file.write_bytes(b"\0" * 8192 + whole[8192:])
+    with pytest.raises(StoreFailedError, match="not an LMDB database"):
+        await open_at(path)
+
+
+async def test_another_format_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    await (await open_at(path)).aclose()
+    with lmdb.open(str(path), max_dbs=3) as env:
+        about = env.open_db(b"userswap")
+        with env.begin(write=True) as txn:
+            txn.put(b"about", json.dumps({"format": 9, "page_size": PAGE}).encode(), db=about)
+    with pytest.raises(StoreFailedError, match="format 9, this version's is 1"):
+        await open_at(path)
+
+
+def test_a_map_that_has_no_room_is_named(tmp_path: Path) -> None:
+    assert "map_size=1TiB" in run_child(OPENER, args=[url_of(tmp_path / "store")]).stdout
+
+
+# --- full ---
+
+
+async def fill(store: LmdbStore, rng: random.Random) -> dict[int, bytes]:
+    """Noise, until there is no room: what was taken."""
+    taken: dict[int, bytes] = {}
+    for index in range(0, PAGES, 16):
+        data = rng.randbytes(16 * PAGE)
+        try:
+            await write(store, index, data)
+        except StoreFullError:
+            break
+        taken.update((index + i, data[i * PAGE : (i + 1) * PAGE]) for i in range(16))
+    return taken
+
+
+async def check_full(store: LmdbStore, seed: int) -> None:
+    """Full, read, emptied by discards, full again: nothing lost, nothing left."""
+    rng = random.Random(seed)
+    for _ in range(3):
+        taken = await fill(store, rng)
+        assert len(taken) > 64
+        with pytest.raises(StoreFullError):
+            await write(store, PAGES - 64, rng.randbytes(64 * PAGE))
+        assert await read(store, PAGES - 64) == bytes(PAGE)
+        for index, data in taken.items():
+            assert await read(store, index) == data
+        for index in range(0, len(taken), 2):
+            await store.discard(index, 1)
+            assert await read(store, index) == bytes(PAGE)
+        assert await read(store, 1) == taken[1]
+        await store.discard(0, PAGES)
+        assert await read(store, 1) == bytes(PAGE)
+        await store.flush()
+
+
+async def test_a_full_map_loses_nothing(tmp_path: Path, seed: int) -> None:
+    store = await open_at(tmp_path / "store", "map_size=4MiB")
+    await check_full(store, seed)
+    await store.aclose()
+    store = await open_at(tmp_path / "store", "map_size=64MiB")
+    await write(store, 0, random.Random(seed).randbytes(4096 * PAGE))
+    await store.aclose()
+
+
+@contextlib.contextmanager
+def disk(path: Path, size: str) -> Iterator[Path]:
+    """A file system of its own."""
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@pytest.mark.privileged
+async def test_a_full_disk_loses_nothing(tmp_path: Path, seed: int) -> None:
+    with disk(tmp_path / "disk", "64m") as path:
+        store = await open_at(path / "store", "durability=commit")
+        await check_full(store, seed)
+        await store.aclose()
+        store = await open_at(path / "store")
+        assert await read(store, 0) == bytes(PAGE)
+        await store.aclose()
+
+
+async def test_writes_that_fit_succeed_beside_one_that_does_not(tmp_path: Path, seed: int) -> None:
+    store = await open_at(tmp_path / "store", "map_size=2MiB")
+    rng = random.Random(seed)
+    small = [rng.randbytes(PAGE) for _ in range(8)]
+    large = rng.randbytes(1024 * PAGE)
+    results = await asyncio.gather(
+        *(write(store, index, data) for index, data in enumerate(small[:4])),
+        write(store, 1000, large),
+        *(write(store, index, data) for index, data in enumerate(small[4:], 4)),
+        return_exceptions=True,
+    )
+    assert [type(result) for result in results if result] == [StoreFullError]
+    assert isinstance(results[4], StoreFullError)
+    for index, data in enumerate(small):
+        assert await read(store, index) == data
+    assert await read(store, 1000) == bytes(PAGE)
+    await store.aclose()
+
+
+# --- a region over it ---
+
+
+PAGE_THROUGH = """
+import random, sys
+import userswap
+from userswap.bench import sample
+
+rng, size, kit = random.Random(int(sys.argv[2])), 16 << 20, sample.load("files")
+pages = [kit[at : at + 4096] for at in range(0, size // 2, 4096)]
+pages += [rng.randbytes(4096) for _ in range(size // 4096 - len(pages))]
+rng.shuffle(pages)
+with userswap.Region(size, resident=size // 4, store=sys.argv[1]) as region:
+    for index, page in enumerate(pages):
+        region.memory[index * 4096 : (index + 1) * 4096] = page
+    for index in rng.sample(range(len(pages)), len(pages)):
+        assert region.memory[index * 4096 : (index + 1) * 4096] == pages[index], index
+    stats = region.stats()
+    print(stats.faults_awaited > len(pages) // 2, stats.lost_pages)
+"""
+
+OUTGROW = """
+import random, sys
+import userswap
+
+rng, size = random.Random(int(sys.argv[2])), 32 << 20
+pages = [rng.randbytes(4096) for _ in range(size // 4096)]
+with userswap.Region(size, resident=size // 4, store=sys.argv[1]) as region:
+    for index, page in enumerate(pages):
+        region.memory[index * 4096 : (index + 1) * 4096] = page
+    for index in rng.sample(range(len(pages)), len(pages)):
+        assert region.memory[index * 4096 : (index + 1) * 4096] == pages[index], index
+    stats = region.stats()
+    print(stats.store_full, stats.lost_pages)
+"""
+
+
+def test_a_region_pages_through_it(tmp_path: Path, seed: int) -> None:
+    said = run_child(PAGE_THROUGH, args=[url_of(tmp_path / "store"), str(seed)])
+    assert (said.stdout, said.returncode) == ("True 0\n", 0), said.stderr
+
+
+@pytest.mark.privileged
+def test_a_region_outgrows_a_full_disk(tmp_path: Path, seed: int) -> None:
+    with disk(tmp_path / "disk", "8m") as path:
+        said = run_child(OUTGROW, args=[url_of(path / "store"), str(seed)])
+        assert (said.stdout, said.returncode) == ("True 0\n", 0), said.stderr
