@@ -30,6 +30,7 @@ from userswap.backends.store import (
     Store,
     StoreError,
     StoreFailedError,
+    StoreFullError,
     pages_between,
     pages_of,
 )
@@ -117,7 +118,10 @@ class Sealed(Filter):
                 if self.tail.get(pages.start, len(pages)).strip(b"\0"):
                     never = [self._never] * len(pages)
                     present = await self._present(pages, never)
-                    await self.tail.put([(pages.start, _pairs(present, never))])
+                    # No room for records must not keep one from making room: a kill before the
+                    # next flush may then leave pages lost that should be zeros.
+                    with contextlib.suppress(StoreFullError):
+                        await self.tail.put([(pages.start, _pairs(present, never))])
                     cleared.append(pages)
             finally:
                 self.tail.release(held)
