@@ -37,7 +37,7 @@ _OWN_STORES = {
 }
 _OWN_FILTERS = {
     name: f"userswap.backends.filters.{name}:open_filter"
-    for name in ("checksum", "delay", "encrypt", "faulty", "retry", "stats")
+    for name in ("checksum", "delay", "encrypt", "faulty", "retry", "stats", "tier")
 }
 _EXAMPLES = ("ram:lz4", "ram:zstd", "memory:")
 """What a URL that is only a word may have been meant to be."""

@@ -6,7 +6,8 @@ import asyncio
 import os
 import random
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from userswap.backends import registry
@@ -57,6 +58,8 @@ class Medium:
     calls: int = 0
     changes: int = 0
     asked: Geometry | None = None
+    pace: Callable[[], int] = lambda: 1
+    """How many turns of the event loop the next operation takes."""
 
 
 class MediumStore(Store):
@@ -71,17 +74,23 @@ class MediumStore(Store):
         self._medium = medium
         self._closed = False
         self._changing: set[int] = set()
+        self._reading: Counter[int] = Counter()
 
     async def read(self, runs: Sequence[Run]) -> None:
         self._begin()
-        for run in runs:
-            pages = pages_of(self, run)
-            assert not self._changing.intersection(pages), f"{pages} are being changed"
-            whole = run.buffer.cast("B")
-            for place, page in enumerate(pages):
-                content = self._medium.pages.get(page, bytes(self.page_size))
-                whole[place * self.page_size : (place + 1) * self.page_size] = content
-        await asyncio.sleep(0)
+        asked = [page for run in runs for page in pages_of(self, run)]
+        assert not self._changing.intersection(asked), f"some of {asked} are being changed"
+        self._reading.update(asked)
+        try:
+            for run in runs:
+                whole = run.buffer.cast("B")
+                for place, page in enumerate(pages_of(self, run)):
+                    content = self._medium.pages.get(page, bytes(self.page_size))
+                    whole[place * self.page_size : (place + 1) * self.page_size] = content
+            for _ in range(self._medium.pace()):
+                await asyncio.sleep(0)
+        finally:
+            self._reading.subtract(asked)
 
     async def write(self, runs: Sequence[Run]) -> None:
         content: dict[int, bytes | None] = {
@@ -96,10 +105,14 @@ class MediumStore(Store):
 
     async def _change(self, content: dict[int, bytes | None]) -> None:
         assert not self._changing.intersection(content), f"{list(content)} are being changed"
+        assert not any(self._reading[page] for page in content), f"{list(content)} are being read"
+        self._check_open()
         self._changing.update(content)
+        self._medium.calls += 1
+        failing = self._medium.calls == self._medium.fail
         try:
-            await asyncio.sleep(0)
-            failing = self._medium.calls + 1 == self._medium.fail
+            for _ in range(self._medium.pace()):
+                await asyncio.sleep(0)
             for done, (page, data) in enumerate(content.items()):
                 if failing and done >= len(content) // 2:
                     break
@@ -111,7 +124,8 @@ class MediumStore(Store):
                 else:
                     self._medium.pages[page] = data
                 await asyncio.sleep(0)
-            self._begin()
+            if failing:
+                raise self._medium.error("fails now", store="medium")
         finally:
             self._changing.difference_update(content)
 
@@ -121,9 +135,12 @@ class MediumStore(Store):
     async def aclose(self) -> None:
         self._closed = True
 
-    def _begin(self) -> None:
+    def _check_open(self) -> None:
         if self._closed:
             raise StoreFailedError("is closed", store="medium")
+
+    def _begin(self) -> None:
+        self._check_open()
         self._medium.calls += 1
         if self._medium.calls == self._medium.fail:
             raise self._medium.error("fails now", store="medium")

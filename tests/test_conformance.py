@@ -24,6 +24,8 @@ FILTERS = (
     "faulty?read=n999999::",
     "retry?tries=2&first=1us::",
     "stats::",
+    "tier?fast=ram:lz4&limit=256KiB::",
+    "tier?fast=delay%3Fwrite=1ms%3A:memory:&limit=1MiB::",
     "stats::checksum::retry?tries=2&first=1us::",
 )
 

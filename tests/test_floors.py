@@ -66,7 +66,9 @@ SEAM = {f"userswap.backends{name}" for name in ("", ".store", ".grammar", ".regi
 # What stores may know of each other: how values are encoded, where filters keep bytes per page;
 # and the parts of volumes, and of one store, of each other.
 SHARED = {"userswap.backends.values"}
-SHARED |= {f"userswap.backends.filters{name}" for name in ("", ".sealed", ".tail")}
+SHARED |= {f"userswap.backends.filters.{name}" for name in ("sealed", "tail")}
+SHARED |= {f"userswap.backends.filters.{name}" for name in ("placement", "traffic")}
+SHARED |= {"userswap.backends.filters"}
 SHARED |= {f"userswap.backends.{name}" for name in ("medium", "ranges", "superblock")}
 SHARED |= {f"userswap.backends.{name}" for name in ("lmdb_file", "lmdb_writer")}
 IMPURE = {"asyncio", "os", "random", "socket", "subprocess", "threading", "time"}

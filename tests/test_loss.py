@@ -15,6 +15,7 @@ import pytest
 
 import kernel_scenarios
 import scenarios
+from media import completed
 from proof import Child, call, check
 
 pytestmark = pytest.mark.privileged  # the kernel itself faults on these pages
@@ -23,6 +24,7 @@ BOTH_STORES = pytest.mark.parametrize("store", ["ram:lz4", "memory:"])
 LATE = "trial:?read_delay=2ms&write_delay=10ms&rare=4&strict=on"
 """Later operations overtake earlier ones, and the store ends the pager if two meet on a page."""
 MIB = 1 << 20
+STACKS = ("checksum::", "encrypt::", "tier?fast=ram:lz4&limit=1MiB::checksum::")
 
 
 @pytest.fixture
@@ -80,6 +82,13 @@ def test_random_operations_against_a_model(path: str, store: str, seed: int) -> 
 @BOTH_PATHS
 def test_a_model_before_a_store_that_reorders(path: str, seed: int) -> None:
     print(check(call(scenarios.model, seed=seed, store=LATE, path=path, turns=250)))
+
+
+@pytest.mark.parametrize("filters", STACKS)
+def test_a_model_over_filters(filters: str, seed: int) -> None:
+    """Each takes part of the work from the store that it is over, which reorders."""
+    url = completed(filters) + LATE
+    print(check(call(scenarios.model, seed=seed, store=url, path="native", turns=200)))
 
 
 @BOTH_PATHS
