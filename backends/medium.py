@@ -9,14 +9,16 @@ marks, and some pages spread over the rest are zeros.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 from uuid import uuid4
 
 from userswap.backends.grammar import format_size
+from userswap.backends.ranges import Ranges
 from userswap.backends.store import PageLostError, Run, Store, StoreFailedError
 from userswap.backends.superblock import (
     SUPERBLOCKS,
@@ -101,16 +103,28 @@ async def write_superblock(store: Store) -> Superblock:
 async def _read_pages(store: Store, pages: Iterable[int]) -> list[bytes | None]:
     """The pages, None for each that is lost."""
     wanted = list(pages)
-    buffer = bytearray(len(wanted) * store.page_size)
-    parts = [slice(at, at + store.page_size) for at in range(0, len(buffer), store.page_size)]
-    view = memoryview(buffer)
+    size = store.page_size
+    buffer = bytearray(len(wanted) * size)
     try:
-        await store.read([Run(page, view[part]) for page, part in zip(wanted, parts, strict=True)])
+        await store.read(_runs(wanted, buffer))
     except PageLostError:
         if len(wanted) == 1:
             return [None]
         return [(await _read_pages(store, [page]))[0] for page in wanted]
-    return [bytes(view[part]) for part in parts]
+    return [bytes(buffer[at : at + size]) for at in range(0, len(buffer), size)]
+
+
+def _runs(pages: Sequence[int], buffer: bytearray) -> list[Run]:
+    """Runs that fill the buffer with these pages; adjacent ones share a run."""
+    view = memoryview(buffer)
+    size = len(buffer) // len(pages)
+    runs = []
+    start = 0
+    for at in range(1, len(pages) + 1):
+        if at == len(pages) or pages[at] != pages[at - 1] + 1:
+            runs.append(Run(pages[start], view[start * size : at * size]))
+            start = at
+    return runs
 
 
 def _newest(copies: Iterable[bytes | None], unpack: Callable[[bytes], T]) -> tuple[T, int]:
@@ -187,22 +201,34 @@ def _unusable(name: str, version: int, damage: str) -> VolumeError:
 async def _check_blank(store: Store, name: str) -> None:
     """Refuse a medium on which something was found: at its ends, or at places spread over it."""
     page_size, count = store.page_size, store.page_count
-    ends = max(1, PROBE_BYTES // page_size)
+    ends = min(count, max(1, PROBE_BYTES // page_size))
     samples = max(1, SAMPLE_BYTES // page_size)
-    places = {*range(min(ends, count)), *range(max(0, count - ends), count)}
-    places |= {place * count // samples for place in range(samples)}
-    if PROBE_BTRFS // page_size < count:
-        places.add(PROBE_BTRFS // page_size)
-    ordered = sorted(places)
+    places = Ranges()
+    for place in (PROBE_BTRFS // page_size, *(n * count // samples for n in range(samples))):
+        if place < count:
+            places.add(place, 1)
+    places.add(0, ends)
+    places.add(count - ends, ends)
+    pages = [page for first, length in places for page in range(first, first + length)]
     step = max(1, CHUNK_BYTES // page_size)
-    zeros = bytes(page_size)
-    for at in range(0, len(ordered), step):
-        chunk = ordered[at : at + step]
-        pages = await _read_pages(store, chunk)
-        for place, page in zip(chunk, pages, strict=True):
-            if page != zeros:
-                head = b"".join(each or zeros for each in pages) if chunk[0] == 0 else b""
-                raise _foreign(name, place * page_size, recognize(head), lost=page is None)
+    zeros = bytes(step * page_size)
+    for at in range(0, len(pages), step):
+        chunk = pages[at : at + step]
+        buffer = bytearray(len(chunk) * page_size)
+        with contextlib.suppress(PageLostError):
+            await store.read(_runs(chunk, buffer))
+            if buffer == memoryview(zeros)[: len(buffer)]:
+                continue
+        await _refuse(store, name, chunk)
+
+
+async def _refuse(store: Store, name: str, pages: list[int]) -> NoReturn:
+    """Say what was found on these pages."""
+    zeros = bytes(store.page_size)
+    found = dict(zip(pages, await _read_pages(store, pages), strict=True))
+    page = next(page for page, content in found.items() if content != zeros)
+    head = b"".join(content or zeros for content in found.values()) if pages[0] == 0 else b""
+    raise _foreign(name, page * store.page_size, recognize(head), lost=found[page] is None)
 
 
 def _foreign(name: str, offset: int, what: str, *, lost: bool) -> VolumeError:

@@ -3,7 +3,15 @@
 import pytest
 
 from media import completed
-from userswap.backends.conformance import CHECKS, Check, ConformanceError, perform, run
+from userswap.backends.conformance import (
+    CHECKS,
+    Check,
+    ConformanceError,
+    check_opened_by_one_at_a_time,
+    check_what_was_flushed_survives,
+    perform,
+    run,
+)
 from userswap.backends.memory import MemoryStore
 from userswap.backends.store import Store
 from wrong_stores import WRONG, HarnessOf
@@ -42,6 +50,12 @@ def test_stores(url: str, check: Check, seed: int) -> None:
 def test_filters(filters: str, under: str, check: Check, seed: int) -> None:
     filters = completed(filters)
     run(check, filters + under, limited=filters + STORES[under], seed=seed)
+
+
+@pytest.mark.parametrize("check", [check_what_was_flushed_survives, check_opened_by_one_at_a_time])
+@pytest.mark.parametrize("filters", FILTERS)
+def test_filters_over_a_durable_store(filters: str, check: Check, seed: int) -> None:
+    run(check, completed(filters) + "lmdb:{dir}/db?durability=commit", seed=seed)
 
 
 # --- the suite itself ---

@@ -13,7 +13,7 @@ import pytest
 
 from userswap.backends import registry
 from userswap.backends.memory import MemoryStore
-from userswap.backends.store import PAGES_MAX, Geometry, Run, Store
+from userswap.backends.store import PAGES_MAX, Geometry, Run, Store, StoreFailedError
 from userswap.backends.volume import open_volume
 from userswap.engine import cli
 
@@ -23,11 +23,13 @@ SMALL = "512 pages"
 class Disk(MemoryStore):
     """What it holds outlives it, within this process."""
 
-    durable = False
     pages: dict[str, dict[int, bytes]] = {}  # noqa: RUF012
+    in_use: set[str] = set()  # noqa: RUF012
+    target = ""
 
     async def aclose(self) -> None:
         self._closed = True
+        self.in_use.discard(self.target)
 
 
 class Wrong(Disk):
@@ -40,6 +42,10 @@ class Wrong(Disk):
 def disk(layer: object, geometry: Geometry, kind: type[Disk] = Disk) -> Store:
     target = str(getattr(layer, "target", ""))
     store = kind(4096 if SMALL in target else PAGES_MAX)
+    if target in Disk.in_use:
+        raise StoreFailedError("is in use", store="disk")
+    Disk.in_use.add(target)
+    store.target = target
     store._pages = Disk.pages.setdefault(target, {})
     return store
 
@@ -54,6 +60,7 @@ def disks(monkeypatch: pytest.MonkeyPatch) -> None:
     added = {name: EntryPoint(name, f"{__name__}:{name}", "") for name in ("disk", "wrong")}
     monkeypatch.setattr(registry, "stores", lambda: {**ours, **added})
     monkeypatch.setattr(Disk, "pages", {})
+    monkeypatch.setattr(Disk, "in_use", set())
 
 
 def store_command(*arguments: str, code: int = 0) -> None:
@@ -65,6 +72,7 @@ async def left_by_a_killed_pager(url: str) -> None:
     for name, pages in (("first", 256), ("second", 1024)):
         extent = await volume.allocate(name, pages)
         await volume.store.write([Run(extent.base, memoryview(b"\x17" * 4096))])
+    await volume.aclose()
 
 
 def test_every_layer_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
