@@ -3,6 +3,7 @@
 #include "pager.h"
 #include "protect.h"
 #include "uffd.h"
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -70,7 +71,14 @@ bool us_reserve_ahead(struct us_region *region) {
 
 /* Give room back; faults that were parked for want of it are woken and come again. */
 void us_release(struct us_region *region, int64_t bytes) {
-    atomic_fetch_sub(&region->charged, bytes);
+    int64_t before = atomic_fetch_sub(&region->charged, bytes);
+#ifdef US_DEBUG
+    if (before < bytes) { /* what is given back was taken before: else the budget would not hold any more */
+        fprintf(stderr, "userswap: a region of %lld bytes gives back %lld\n", (long long)before, (long long)bytes);
+        abort();
+    }
+#endif
+    (void)before;
     if (atomic_load(&region->parked) && atomic_exchange(&region->parked, 0))
         us_uffd_wake(region->client->uffd, region->start, region->pages << US_PAGE_SHIFT);
 }
