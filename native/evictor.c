@@ -169,6 +169,8 @@ static void choose(struct us_region *region, uint32_t index, struct victims *vic
         if (next == seen) {
             us_word_clear(word, US_QUEUED);
             us_queue_push(region, index);
+        } else if (!resident) {
+            return; /* not ours to send out, though it may be DROPPING: by a discard, whose order it is part of */
         } else if (us_state_of(next) == US_DROPPING || (clean && has_copy)) {
             victims->place[victims->places++] = index;
         } else if (us_state_of(next) == US_MOVING || us_state_of(next) == US_PROTECTED) {

@@ -178,6 +178,47 @@ def writers_in_a_signal_storm(*, seed: int, store: str, path: str, steps: int = 
         print(f"{turns} system calls, {alarms[0]} signals")
 
 
+def discard_under_eviction(*, seed: int, store: str, turns: int) -> None:
+    """Discard what is about to leave, and write it anew at once: what is new stays, and the budget
+    counts what is in memory."""
+    choice = random.Random(seed)
+    pages = 2048
+    version: dict[int, int | None] = dict.fromkeys(range(pages), 0)
+    with Region(pages * PAGE, resident=LEAST, store=store, name="discards") as region:
+        fill(region)
+        for turn in range(1, turns):
+            first = choice.randrange(pages - 256)
+            for page in range(first, first + 256):  # it presses the evictor
+                version[page] = turn
+                region.memory[page * PAGE : (page + 1) * PAGE] = stamp(page, turn)
+            start = first + choice.randrange(128)
+            region.discard(start * PAGE, 128 * PAGE)
+            for page in range(start, start + 128, 2):
+                version[page] = -turn
+                region.memory[page * PAGE : (page + 1) * PAGE] = stamp(page, pages + turn)
+            version.update(dict.fromkeys(range(start + 1, start + 128, 2)))
+        for page, wanted in version.items():
+            found = copy_out(region, page)
+            if wanted is None:
+                expect(found == bytes(PAGE), f"page {page} holds {found[:8].hex()}, discarded")
+            else:
+                number = wanted if wanted >= 0 else pages - wanted
+                expect(found == stamp(page, number), f"page {page} holds {found[:8].hex()}")
+        _balance(region)
+
+
+def _balance(region: userswap.Region) -> None:
+    """Once nothing is under way, what is counted as resident is what is resident."""
+    for _ in range(200):
+        stats = region.stats()
+        resident = (stats.pages["CLEAN"] + stats.pages["DIRTY"]) * PAGE
+        still = sum(stats.pages[s] for s in ("CLEAN", "DIRTY", "ZERO", "STORED"))
+        if still * PAGE == region.size and stats.resident_bytes == resident:
+            return
+        time.sleep(0.02)
+    fail(1, f"{resident} bytes are resident, and {stats.resident_bytes} counted: {stats.pages}")
+
+
 def model(*, seed: int, store: str, path: str, turns: int) -> None:
     """Random touches, discards, budgets and prefetches, beside threads that count."""
     choice = random.Random(seed)

@@ -103,6 +103,13 @@ def test_a_discard_meets_a_load(ahead: bool) -> None:
     check(call(scenarios.discard_what_is_on_its_way, store=store, ahead=ahead))
 
 
+@pytest.mark.parametrize("store", ["ram:lz4", "memory:?limit=2MiB"])
+def test_what_is_written_after_a_discard_stays(store: str, seed: int) -> None:
+    """A full store keeps the evictor at pages that a discard is about to drop."""
+    source = call(scenarios.discard_under_eviction, seed=seed, store=store, turns=300)
+    check(source, timeout=100)
+
+
 @pytest.mark.parametrize(("path", "store"), [("native", "ram:lz4"), ("asyncio", "memory:")])
 def test_signals_while_threads_fault(path: str, store: str, seed: int) -> None:
     source = call(scenarios.writers_in_a_signal_storm, seed=seed, store=store, path=path)
