@@ -70,11 +70,14 @@ class Sealed(Filter):
         indexes = [pages_of(self, run) for run in runs]
         if self.tail.foreign and indexes:
             raise PageLostError(FOREIGN, store=self._name, page=indexes[0].start)
-        held = await self.tail.hold(indexes)
-        records = [self._pairs(pages) for pages in indexes]
-        self.tail.release(held)
+        records = [self.tail.at_hand(pages) for pages in indexes]
+        if None in records:
+            held = await self.tail.hold(indexes)
+            records = [self.tail.get(pages.start, len(pages)) for pages in indexes]
+            self.tail.release(held)
         await self._inner.read(runs)
-        for run, pages, pairs in zip(runs, indexes, records, strict=True):
+        for run, pages, kept in zip(runs, indexes, records, strict=True):
+            pairs = self._pairs(kept or b"")
             for page, view, pair in zip(pages, self._single(run.buffer), pairs, strict=True):
                 if self._matching(page, view, pair) is None:
                     reason = "what the store has is not what was written"
@@ -154,8 +157,8 @@ class Sealed(Filter):
         whole, size = buffer.cast("B"), self.page_size
         return [whole[start : start + size] for start in range(0, len(whole), size)]
 
-    def _pairs(self, pages: range) -> list[tuple[bytes, bytes]]:
-        kept, size = self.tail.get(pages.start, len(pages)), self._size
+    def _pairs(self, kept: bytes) -> list[tuple[bytes, bytes]]:
+        size = self._size
         return [
             (kept[at : at + size], kept[at + size : at + 2 * size])
             for at in range(0, len(kept), 2 * size)
@@ -176,7 +179,8 @@ class Sealed(Filter):
         """The records of what pages are now. Where a pair does not say, the page does; where that
         is lost, it is as though what is `without` had been."""
         present = []
-        for page, pair, other in zip(pages, self._pairs(pages), without, strict=True):
+        pairs = self._pairs(self.tail.get(pages.start, len(pages)))
+        for page, pair, other in zip(pages, pairs, without, strict=True):
             record: bytes | None = pair[0]
             if pair[0] != pair[1]:
                 view = memoryview(bytearray(self.page_size))

@@ -131,6 +131,15 @@ class Tail:
         for number in held:
             self._leaves[number].users -= 1
 
+    def at_hand(self, pages: range) -> bytes | None:
+        """The records of pages, without waiting; None where that cannot be."""
+        number, start = divmod(pages.start, self._per_leaf)
+        stop, leaf = start + len(pages), self._leaves.get(number)
+        if leaf is None or leaf.content is None or stop > self._per_leaf:
+            return None
+        self._leaves.move_to_end(number)
+        return bytes(leaf.content[start * self._size : stop * self._size])
+
     def get(self, index: int, count: int) -> bytes:
         """The records of pages that are held."""
         return b"".join(bytes(part) for _, part in self._parts(index, count))
@@ -162,12 +171,13 @@ class Tail:
 
     def _parts(self, index: int, count: int) -> Iterator[tuple[int, memoryview]]:
         """The records of `count` pages, leaf by leaf."""
-        for number in self._numbers(index, count):
-            start = max(index - number * self._per_leaf, 0)
-            stop = min(index + count - number * self._per_leaf, self._per_leaf)
+        while count > 0:
+            number, start = divmod(index, self._per_leaf)
+            here = min(count, self._per_leaf - start)
             content = self._leaves[number].content
             assert content is not None, f"the records of page {index} are not held"
-            yield number, memoryview(content)[start * self._size : stop * self._size]
+            yield number, memoryview(content)[start * self._size : (start + here) * self._size]
+            index, count = index + here, count - here
 
     async def _load(self, number: int, page: int, changing: bool) -> None:
         leaf = self._leaves[number]
