@@ -91,8 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Put the store that a URL names to the conformance suite: the contract that every store "
         "keeps, check by check, with a process that is killed where the store is durable. It "
         "works in an extent of its own and removes it again; a medium that holds anything but a "
-        "volume is refused and left alone. Checks that need a store of another size or page size "
-        "belong to the store's own tests (userswap.backends.conformance)."
+        "volume is refused and left alone, and a file that was not there stays, without content. "
+        "Checks that need a store of another size or page size belong to the store's own tests "
+        "(userswap.backends.conformance)."
     )
     parser.epilog = (
         "exit code: 0 all passed, 1 a check failed\n\n"

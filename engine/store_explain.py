@@ -113,7 +113,7 @@ def guarantees(stack: Explained, volume: str) -> dict[str, str]:
     return {
         "durable": "what a flush confirmed survives the end of the process and of power"
         if stack.durable
-        else "nothing survives the end of the pager",
+        else "no page is promised to survive the end of the pager",
         "checked": "a damaged page is SIGBUS on that page, never wrong bytes"
         if stack.checked
         else "damage of the medium goes unnoticed, as far as the store itself does not notice it",

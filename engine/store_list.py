@@ -92,7 +92,7 @@ def _about(module: str) -> str:
         return ""
     paragraph = " ".join(text.split("\n\n")[0].split())
     sentence = paragraph.partition(". ")[0].rstrip(".")
-    return re.sub(r"^`[^`]*:` ", "", sentence).replace("`", "")
+    return re.sub(r"^`[a-z+]+:[^`]*` ", "", sentence).replace("`", "")
 
 
 def _layers_as_json() -> str:

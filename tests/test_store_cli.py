@@ -136,6 +136,20 @@ def test_a_blank_or_foreign_medium_is_said_and_left_alone(
     assert Disk.pages["blank"] == {}
 
 
+def test_a_medium_under_a_filter_is_taken_by_force_alone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    foreign = {page: b"theirs".ljust(4096) for page in range(4096)}
+    Disk.pages[SMALL] = dict(foreign)
+    url = f"checksum::disk:{SMALL}"
+    store_command("format", url, code=1)
+    assert "cannot be read" in capsys.readouterr().out
+    assert Disk.pages[SMALL] == foreign
+    store_command("format", "--force", url)
+    store_command("check", "--only", "history", url)
+    assert b"theirs".ljust(4096) not in Disk.pages[SMALL].values()
+
+
 def test_format_says_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
     asyncio.run(left_by_a_killed_pager("disk:a"))
     before = dict(Disk.pages["a"])
