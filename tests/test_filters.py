@@ -1,4 +1,4 @@
-"""Every filter keeps the contract over any store, also one that fails, dies or is reopened."""
+"""What filters do where the store under them fails, dies, is reopened or makes promises."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from media import PAGE, History, Killed, Medium, completed, content, open_over, 
 from userswap.backends.registry import open_stack
 from userswap.backends.store import (
     Geometry,
-    Run,
     Store,
     StoreError,
-    StoreFailedError,
     StoreFullError,
     TransientError,
 )
@@ -24,9 +22,7 @@ from userswap.backends.store import (
 PAGES = 1000
 FILTERS = (
     "checksum::",
-    "delay?read=20us&write=50us&jitter=on::",
     "encrypt::",
-    "faulty?read=n999999::",
     "retry::",
     "stats::",
 )
@@ -39,18 +35,6 @@ async def opened(stack: str, under: str, geometry: Geometry) -> Store:
     if under == "medium":
         return await open_over(Medium(), stack, geometry)
     return await open_stack(completed(stack) + under, geometry)
-
-
-@pytest.mark.parametrize("size", [4096, 65536])
-@pytest.mark.parametrize(("stack", "under"), STACKS)
-async def test_history_equals_a_model(stack: str, under: str, size: int, seed: int) -> None:
-    store = await opened(stack, under, Geometry(PAGES, size))
-    assert (store.page_count, store.page_size) == (PAGES, size)
-    history = History(random.Random(seed), 60, size)
-    for _ in range(300 if size == PAGE else 60):
-        await history.step(store)
-    await history.check(store)
-    await store.aclose()
 
 
 @pytest.mark.parametrize(("stack", "under"), STACKS)
@@ -77,35 +61,6 @@ async def test_disjoint_operations_at_once(stack: str, under: str, seed: int) ->
         for page, data in own.items():
             assert await read(store, page) == data
     await store.aclose()
-
-
-@pytest.mark.parametrize(("stack", "under"), STACKS)
-async def test_the_edges(stack: str, under: str) -> None:
-    store = await opened(stack, under, Geometry(PAGES))
-    data = bytes(range(256)) * 16
-    await store.write([Run(PAGES - 1, memoryview(data)), Run(0, memoryview(data))])
-    assert await read(store, PAGES - 1) == await read(store, 0) == data
-    buffers = [bytearray(PAGE) for _ in range(3)]
-    await store.read(
-        [Run(n, memoryview(b)) for n, b in zip((0, 1, PAGES - 1), buffers, strict=True)]
-    )
-    assert buffers == [data, bytes(PAGE), data]
-    for index, length in ((PAGES, PAGE), (-1, PAGE), (PAGES - 1, 2 * PAGE), (0, 100)):
-        run = Run(index, memoryview(bytearray(length)))
-        for call in (store.read, store.write):
-            with pytest.raises(AssertionError):
-                await call([run])
-    for index, count in ((PAGES, 1), (-1, 2), (0, PAGES + 1), (5, -1)):
-        with pytest.raises(AssertionError):
-            await store.discard(index, count)
-    await store.discard(0, PAGES)
-    assert await read(store, PAGES - 1) == await read(store, 0) == bytes(PAGE)
-    await store.aclose()
-    await store.aclose()
-    run = Run(1, memoryview(bytearray(PAGE)))
-    for late in (store.read([run]), store.write([run]), store.discard(1, 1), store.flush()):
-        with pytest.raises(StoreFailedError):
-            await late
 
 
 @pytest.mark.parametrize("stack", FILTERS)
