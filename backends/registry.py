@@ -31,6 +31,7 @@ from userswap.backends.store import Geometry, Store, StoreFailedError
 STORES_GROUP = "userswap.stores"
 FILTERS_GROUP = "userswap.filters"
 _OWN_STORES = {
+    "file": "userswap.backends.file:open_store",
     "lmdb": "userswap.backends.lmdb:open_store",
     "memory": "userswap.backends.memory:open_store",
     "ram": "userswap.backends.ram:open_store",
