@@ -12,6 +12,7 @@ Must not know: io_uring and threads (userswap.native.transfers), volumes, the en
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import fcntl
 import mmap
@@ -39,6 +40,7 @@ from userswap.native.transfers import CHUNK, Failure, Transfers
 
 NAME = "file"
 DEFAULT_SIZE = 1024**4
+OPEN_TRIES, OPEN_AGAIN_S = 40, 0.05
 BLOCK = 4096  # of alignment: enough for every device whose blocks are not larger than a page
 
 _AGAIN = {errno.EAGAIN, errno.EINTR, errno.ENOMEM, errno.ENOBUFS, errno.EBUSY, errno.ETIMEDOUT}
@@ -278,6 +280,10 @@ def _refused(path: str, why: str) -> StoreFailedError:
     return StoreFailedError(f"{path} {why}", store=NAME)
 
 
+class _InUseError(StoreFailedError):
+    """Somebody else has it open."""
+
+
 def open_medium(path: str) -> Medium:
     """Open or create a file, and see that it is fit and that it is ours alone."""
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe must not hang us
@@ -292,7 +298,9 @@ def open_medium(path: str) -> Medium:
             fd = os.open(path, flags | exclusive)
         except OSError as error:
             if error.errno == errno.EBUSY:
-                raise _refused(path, "is in use: mounted, or open in another program") from None
+                raise _InUseError(
+                    f"{path} is in use: mounted, or open in another program", store=NAME
+                ) from None
             raise
     try:
         _check_fitness(fd, path)
@@ -334,7 +342,7 @@ def _check_fitness(fd: int, path: str) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise _refused(path, "is in use: another store has it open") from None
+        raise _InUseError(f"{path} is in use: another store has it open", store=NAME) from None
 
 
 def _sync_folder(path: str) -> None:
@@ -381,31 +389,45 @@ def _at_least_one(medium: Medium, size: int, geometry: Geometry) -> int:
     return max(1, size // geometry.page_size)
 
 
-def open_store(layer: LayerSpec, geometry: Geometry) -> Store:
+async def open_store(layer: LayerSpec, geometry: Geometry) -> Store:
     path = layer.target
-    if not os.path.isabs(path):
-        raise layer.error(f"needs a whole path, such as file:{os.path.abspath(path or 'pages')}")
-    options = Options(layer)
-    direct = options.boolean("direct", default=None)
-    medium = open_medium(os.path.normpath(path))
+    if not path.startswith("/"):
+        raise layer.error(f"needs a whole path, such as file:/var/lib/userswap/{path or 'pages'}")
+    medium = await _open_patiently(path)
     try:
-        whole = medium.size
-        if not medium.is_device:
-            system = os.fstatvfs(medium.fd)
-            whole = system.f_blocks * system.f_frsize
-        size = options.size("size", default=None, whole=whole)
-        options.finish()
-        if size is not None and size < geometry.page_size:
-            raise layer.error(f"is less than a page ({format_size(geometry.page_size)})", "size")
-        is_direct = direct is not False and _switch_direct(medium)
-        if direct and not is_direct:
-            raise _refused(path, "cannot be read past the page cache: use direct=off")
-        if not is_direct:
-            os.posix_fadvise(medium.fd, 0, 0, os.POSIX_FADV_RANDOM)
-        pages = _pages(medium, size, geometry)
-        return FileStore(medium, pages, geometry.page_size, direct=is_direct)
+        return _open_on(medium, layer, geometry)
     except BaseException:
         if medium.is_new:
             os.unlink(medium.path)
         os.close(medium.fd)
         raise
+
+
+async def _open_patiently(path: str) -> Medium:
+    """The kernel lets go of a killed process's file only when what was in flight has ended."""
+    for _ in range(OPEN_TRIES):
+        try:
+            return open_medium(path)
+        except _InUseError:
+            await asyncio.sleep(OPEN_AGAIN_S)
+    return open_medium(path)
+
+
+def _open_on(medium: Medium, layer: LayerSpec, geometry: Geometry) -> Store:
+    options = Options(layer)
+    direct = options.boolean("direct", default=None)
+    whole = medium.size
+    if not medium.is_device:
+        system = os.fstatvfs(medium.fd)
+        whole = system.f_blocks * system.f_frsize
+    size = options.size("size", default=None, whole=whole)
+    options.finish()
+    if size is not None and size < geometry.page_size:
+        raise layer.error(f"is less than a page ({format_size(geometry.page_size)})", "size")
+    is_direct = direct is not False and _switch_direct(medium)
+    if direct and not is_direct:
+        raise _refused(medium.path, "cannot be read past the page cache: use direct=off")
+    if not is_direct:
+        os.posix_fadvise(medium.fd, 0, 0, os.POSIX_FADV_RANDOM)
+    pages = _pages(medium, size, geometry)
+    return FileStore(medium, pages, geometry.page_size, direct=is_direct)

@@ -34,6 +34,7 @@ _OWN_STORES = {
     "file": "userswap.backends.file:open_store",
     "lmdb": "userswap.backends.lmdb:open_store",
     "memory": "userswap.backends.memory:open_store",
+    "null": "userswap.backends.null:open_store",
     "ram": "userswap.backends.ram:open_store",
 }
 _OWN_FILTERS = {

@@ -33,7 +33,12 @@ CHUNK: int = lib.US_URING_CHUNK
 SUBMIT_AGAIN_S = 0.001
 
 READ, WRITE = lib.US_FILE_READ, lib.US_FILE_WRITE
-SYNC, PUNCH, ZERO, ALLOCATE = lib.US_FILE_SYNC, lib.US_FILE_PUNCH, lib.US_FILE_ZERO, lib.US_FILE_ALLOCATE
+SYNC, PUNCH, ZERO, ALLOCATE = (
+    lib.US_FILE_SYNC,
+    lib.US_FILE_PUNCH,
+    lib.US_FILE_ZERO,
+    lib.US_FILE_ALLOCATE,
+)
 
 Ended = Callable[[int, int, int], None]
 """Told of each request that ended: its number, errno or 0, and the bytes that it had moved."""

@@ -16,7 +16,8 @@
 enum { OP_FSYNC = 3, OP_FALLOCATE = 17, OP_READ = 22, OP_WRITE = 23 };
 enum { SQE_ASYNC = 1 << 4 };
 enum { FSYNC_DATASYNC = 1 };
-enum { SETUP_SINGLE_ISSUER = 1 << 12, SETUP_DEFER_TASKRUN = 1 << 13 };
+enum { SETUP_TASKRUN_FLAG = 1 << 9, SETUP_SINGLE_ISSUER = 1 << 12, SETUP_DEFER_TASKRUN = 1 << 13 };
+enum { SQ_TASKRUN = 1 << 2 };
 enum { FEATURE_SINGLE_MMAP = 1 << 0, FEATURE_NODROP = 1 << 1, FEATURE_RW_CUR_POS = 1 << 3 };
 enum { ENTER_GETEVENTS = 1 };
 enum { REGISTER_EVENTFD = 4 };
@@ -80,7 +81,7 @@ struct us_uring {
     uint8_t *queues;
     size_t queues_size;
     struct sqe *sqes;
-    _Atomic uint32_t *sq_tail, *cq_head, *cq_tail;
+    _Atomic uint32_t *sq_tail, *sq_flags, *cq_head, *cq_tail;
     uint32_t sq_mask, cq_mask;
     const struct cqe *cqes;
     uint8_t *bounce;
@@ -90,7 +91,7 @@ struct us_uring {
 
 static int setup(uint32_t entries, struct parameters *parameters) {
     /* Deferred: nothing interrupts this thread, and one entry makes all completions there are.  Linux 6.1. */
-    static const uint32_t flags[] = {SETUP_SINGLE_ISSUER | SETUP_DEFER_TASKRUN, 0};
+    static const uint32_t flags[] = {SETUP_SINGLE_ISSUER | SETUP_DEFER_TASKRUN | SETUP_TASKRUN_FLAG, 0};
     for (unsigned i = 0;; i++) {
         *parameters = (struct parameters){.flags = flags[i]};
         int fd = (int)syscall(SYS_io_uring_setup, entries, parameters);
@@ -115,6 +116,7 @@ static int map(struct us_uring *ring, const struct parameters *parameters) {
         return -errno;
     ring->sqes = sqes;
     ring->sq_tail = (_Atomic uint32_t *)(void *)(ring->queues + parameters->sq.tail);
+    ring->sq_flags = (_Atomic uint32_t *)(void *)(ring->queues + parameters->sq.flags);
     ring->cq_head = (_Atomic uint32_t *)(void *)(ring->queues + parameters->cq.head);
     ring->cq_tail = (_Atomic uint32_t *)(void *)(ring->queues + parameters->cq.tail);
     ring->sq_mask = *(uint32_t *)(void *)(ring->queues + parameters->sq.mask);
@@ -244,17 +246,16 @@ int us_uring_ask(struct us_uring *ring, uint32_t operation, void *buffer, uint64
     return number;
 }
 
-static int enter(struct us_uring *ring, uint32_t flags) {
-    int taken = (int)syscall(SYS_io_uring_enter, ring->fd, ring->ready, 0, flags, NULL, 0);
-    if (taken < 0)
-        return -errno;
-    ring->ready -= (uint32_t)taken;
-    return taken;
+static int enter(const struct us_uring *ring, uint32_t submitted, uint32_t flags) {
+    int taken = (int)syscall(SYS_io_uring_enter, ring->fd, submitted, 0, flags, NULL, 0);
+    return taken < 0 ? -errno : taken;
 }
 
 int us_uring_submit(struct us_uring *ring) {
     while (ring->ready) {
-        int taken = enter(ring, 0);
+        int taken = enter(ring, ring->ready, 0);
+        if (taken > 0)
+            ring->ready -= (uint32_t)taken;
         if (taken == 0 || taken == -EAGAIN || taken == -EBUSY)
             break; /* short of memory: the caller comes again */
         if (taken < 0 && taken != -EINTR)
@@ -285,9 +286,10 @@ int us_uring_reap(struct us_uring *ring, uint64_t *done) {
     uint64_t signals;
     ssize_t ignored = read(ring->event, &signals, sizeof signals);
     (void)ignored; /* first, so that what completes from here on is signalled again */
-    if (ring->deferred || ring->ready) {
-        int rc = enter(ring, ENTER_GETEVENTS);
-        if (rc < 0 && rc != -EINTR && rc != -EAGAIN && rc != -EBUSY)
+    /* One entry makes no more than some twenty completions; the eventfd tells nothing of those left over, the flag does. */
+    for (bool more = ring->deferred; more; more = atomic_load(ring->sq_flags) & SQ_TASKRUN) {
+        int rc = enter(ring, 0, ENTER_GETEVENTS);
+        if (rc < 0 && rc != -EINTR)
             return rc;
     }
     int count = 0;
