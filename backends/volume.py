@@ -175,12 +175,13 @@ class Volume:
     def free_pages(self) -> int:
         return sum(count for _, count in self._free)
 
-    async def allocate(self, name: str, pages: int) -> Extent:
-        """An extent whose pages read as zeros; a StoreFullError where there is no room."""
+    async def allocate(self, name: str, pages: int, *, reclaim: bool = True) -> Extent:
+        """An extent whose pages read as zeros; a StoreFullError where there is no room. Stale
+        extents make room, unless `reclaim` is False."""
         check_name(name)
         assert pages > 0, f"an extent of {pages} pages"
         self._check_open()
-        entry = await self._take(name, pages)
+        entry = await self._take(name, pages, reclaim)
         extent = entry.extent
         try:
             if not self._clean.covers(extent.base, pages):
@@ -227,14 +228,14 @@ class Volume:
 
     # --- room ---
 
-    async def _take(self, name: str, pages: int) -> _Entry:
+    async def _take(self, name: str, pages: int, reclaim: bool) -> _Entry:
         """Enter a new extent, for which stale ones have to go where there is no room."""
         while True:
             base = self._free.find(pages)
             table = None if base is None else self._roomy_table()
             if base is not None and table is not None:
                 break
-            await self._make_room(pages)
+            await self._make_room(pages, reclaim)
         self._free.remove(base, pages)
         extent = Extent(base, pages, name, uuid4(), int(time.time()))
         entry = _Entry(extent, table, _State.LIVE)
@@ -250,11 +251,12 @@ class Volume:
             return self._add_table()
         return None
 
-    async def _make_room(self, pages: int) -> None:
+    async def _make_room(self, pages: int, reclaim: bool) -> None:
         """Wait for what is being removed; or reclaim the oldest stale extent, if that can lead to
         anything."""
         self._check_open()
-        held = [entry for entry in self._entries.values() if entry.state is _State.LIVE]
+        kept = {_State.LIVE} if reclaim else {_State.LIVE, _State.STALE}
+        held = [entry for entry in self._entries.values() if entry.state in kept]
         in_use = Ranges()
         for entry in held:
             in_use.add(entry.extent.base, entry.extent.pages)
@@ -269,7 +271,7 @@ class Volume:
                 f"use, and at most {most} are free in one piece"
             )
             raise StoreFullError(message, store=self.name)
-        stale = self.stale
+        stale = self.stale if reclaim else []
         if len(held) + len(stale) < len(self._entries):
             self._removed.clear()
             await self._removed.wait()

@@ -246,7 +246,8 @@ async def _scratch(url: str, size: int) -> AsyncIterator[tuple[Store, Callable[[
     stack = await registry.open_stack(url, Geometry(), wrap=seen)
     try:
         volume = await open_volume(stack, name=url)
-        extent = await volume.allocate(SCRATCH, size // stack.page_size // BATCH * BATCH)
+        pages = size // stack.page_size // BATCH * BATCH
+        extent = await volume.allocate(SCRATCH, pages, reclaim=False)
         try:
             target = registry.parse(url).store.target
             yield Window(volume, extent), lambda: _held(innermost[0], target)

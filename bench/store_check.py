@@ -68,7 +68,7 @@ class ScratchHarness(Harness):
         try:
             volume = await open_volume(store, name=self.url)
             (extent,) = [each for each in volume.stale if each.uuid == self.scratch] or [
-                await volume.allocate(SCRATCH, PAGES)
+                await volume.allocate(SCRATCH, PAGES, reclaim=False)
             ]
         except BaseException:
             await store.aclose()

@@ -195,6 +195,17 @@ def test_a_store_is_checked_in_an_extent_of_its_own(capsys: pytest.CaptureFixtur
     assert "check" not in capsys.readouterr().out
 
 
+def test_a_killed_pagers_extents_are_not_spent_on_measurements(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    url = f"disk:{SMALL}"
+    asyncio.run(left_by_a_killed_pager(url))
+    store_command("bench", "--size", "15MiB", url, code=1)
+    assert "no room for 15MiB" in capsys.readouterr().err
+    store_command("list", url)
+    assert capsys.readouterr().out.count("stale") == 2
+
+
 def test_a_blank_medium_is_blank_again_after_a_check() -> None:
     store_command("check", "--only", "history", "disk:new")
     assert Disk.pages["new"] == {}

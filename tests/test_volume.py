@@ -169,6 +169,16 @@ async def test_what_could_not_be_made_room_for_costs_no_stale_extent() -> None:
     assert len(volume.stale) == 1
 
 
+async def test_who_only_looks_costs_no_stale_extent() -> None:
+    medium = medium_of({})
+    await (await opened(medium)).allocate("old", 3000)
+    volume = await opened(medium)
+    with pytest.raises(StoreFullError, match="1 extents are in use"):
+        await volume.allocate("a measurement", 2000, reclaim=False)
+    await volume.allocate("a measurement", 1000, reclaim=False)
+    assert len(volume.stale) == 1
+
+
 async def test_an_extent_waits_for_one_that_is_being_released() -> None:
     volume = await opened(medium_of({}))
     first = await volume.allocate("one", 4000)
