@@ -116,6 +116,8 @@ class Account:
             wanted = min(room, self.appetite) - self.used // FADE
             self.faded = True
         self.appetite = min(max(wanted // PAGE * PAGE, self.floor, min(kept, room)), self.cap)
+        if self.faded and self.appetite == self.floor:
+            self.hold = HOLD  # it was right to think so
 
     def settle_debt(self) -> None:
         """One look at whether memory above the limit came back."""
@@ -289,6 +291,7 @@ class Budget:
             if down <= 0 or (down < account.limit // STILL and not urgent and target < account.cap):
                 continue
             step = down if urgent else min(down, max(STEP, account.limit // 4 // PAGE * PAGE))
+            step = max(step, account.limit - account.cap)  # a cap that was lowered holds at once
             account.owed = max(account.owed, account.limit)
             account.grace = GRACE
             account.limit -= step

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from pathlib import Path
 
 from userswap.backends.grammar import format_size
@@ -28,11 +29,15 @@ log = logging.getLogger("userswap.pager")
 PAGE = 4096
 AGAIN_S = 1.0
 """Between two tries to let regions go."""
-SAY_EVERY = 30
-"""What stays is told again after so many tries."""
+SAY_EVERY_S = 30.0
+"""What stays is told again."""
+BUSY_S = 5.0
+"""How long a program's own operation is waited for."""
 RESERVE = 64 << 20
 """Memory that the machine keeps: bringing a region in must not bring it to its knees."""
-CHUNK_PAGES = 4096
+GROUP_RESERVE = 4 << 20
+"""And a memory group, whose members go on meanwhile."""
+CHUNK_PAGES = 512
 STEP_S = 0.002
 STALLED_STEPS = 1000
 MEMORY_GROUPS = "/sys/fs/cgroup"
@@ -45,6 +50,8 @@ class Drain:
         self.daemon = daemon
         self.finished = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._under_way: dict[Seat, asyncio.Task[None]] = {}
+        self._bringing = asyncio.Lock()
         self._kept: dict[Seat, str] = {}
         """Why a region stays for now."""
 
@@ -59,18 +66,28 @@ class Drain:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
-        looks = 0
+        looks, deadline = 0, 0.0
         while self.daemon.seats:
             seats = [seat for seat in self.daemon.seats if seat.region is not None]
             for seat in sorted(seats, key=missing_bytes):
-                if seat in self.daemon.seats:
-                    await self._let_go(seat)
-            if self.daemon.seats:
-                if looks % SAY_EVERY == 0:
-                    self._say()
-                looks += 1
+                if seat not in self._under_way:
+                    self._start(seat)
+            if time.monotonic() >= deadline and looks:
+                self._say()
+                deadline = time.monotonic() + SAY_EVERY_S
+            looks += 1
+            if self._under_way:
+                await asyncio.wait(self._under_way.values(), timeout=AGAIN_S)
+            if self._under_way or self._kept.keys() & set(self.daemon.seats):
                 await asyncio.sleep(AGAIN_S)
+            else:
+                await asyncio.sleep(0)
         self.finished.set()
+
+    def _start(self, seat: Seat) -> None:
+        task = asyncio.get_running_loop().create_task(self._let_go(seat))
+        self._under_way[seat] = task
+        task.add_done_callback(lambda _: self._under_way.pop(seat))
 
     def _say(self) -> None:
         waiting = []
@@ -91,7 +108,8 @@ class Drain:
         if region is None or region.closing or seat.number in client.leaving:
             return
         try:
-            why = await self._bring_in(seat, region)
+            async with self._bringing:  # one at a time: they share the room that there is
+                why = await self._bring_in(seat, region)
             if not why:
                 why = await self._release(seat, region, client)
         except OSError as error:
@@ -101,35 +119,49 @@ class Drain:
             seat.releasing = False
             if seat in self.daemon.seats:
                 self.daemon.restore_limit(seat)
+        else:
+            self._kept.pop(seat, None)
 
     async def _bring_in(self, seat: Seat, region: OpenRegion) -> str:
         """Bring the region's pages in beside its faults; why it stays, if it does."""
         seat.releasing = True
         region.operations.begin()  # it is not freed under us
         try:
+            if why := no_room(seat, missing_bytes(seat)):
+                return why
             lib.us_region_limit(region.handle, 2 * region.pages * PAGE + RESERVE)
             for first in range(0, region.pages, CHUNK_PAGES):
-                count = min(CHUNK_PAGES, region.pages - first)
-                stalled = 0
-                while left := await self._restore(seat, region, first, count):
-                    if region.closing or seat.client.ended.is_set():
-                        return "it is being closed"
-                    room = room_for(seat.client.credentials.pid)
-                    if room < left * PAGE:
-                        return f"memory has room for {format_size(max(room, 0))} only"
-                    stalled += 1
-                    if stalled > STALLED_STEPS:
-                        return "its pages do not come in: its agent or its store does not answer"
-                    await asyncio.sleep(STEP_S)
+                if why := await self._bring_chunk(seat, region, first):
+                    return why
         finally:
             region.operations.end()
         return ""
 
-    async def _restore(self, seat: Seat, region: OpenRegion, first: int, count: int) -> int:
+    async def _bring_chunk(self, seat: Seat, region: OpenRegion, first: int) -> str:
+        count = min(CHUNK_PAGES, region.pages - first)
+        least, stalled = count + 1, 0
+        while left := await self._restore(seat, region, first, count, 0):
+            if region.closing or seat.client.ended.is_set():
+                return "it is being closed"
+            # Before each step: a page beyond what the group may have would end the client.
+            if why := no_room(seat, left * PAGE):
+                return why
+            stalled = 0 if left < least else stalled + 1
+            if stalled > STALLED_STEPS:
+                return "its pages do not come in: its agent or its store does not answer"
+            least = min(least, left)
+            if await self._restore(seat, region, first, count, CHUNK_PAGES):
+                await asyncio.sleep(STEP_S)
+        return ""
+
+    async def _restore(
+        self, seat: Seat, region: OpenRegion, first: int, count: int, most: int
+    ) -> int:
+        """How many pages of a range are not in memory; at most so many are asked for."""
         service = seat.client.service
         assert service is not None
         return await service.beside(
-            lambda: int(lib.us_region_restore(region.handle, first, count, CHUNK_PAGES))
+            lambda: int(lib.us_region_restore(region.handle, first, count, most))
         )
 
     async def _release(self, seat: Seat, region: OpenRegion, client: Connection) -> str:
@@ -138,12 +170,15 @@ class Drain:
         assert service is not None
         ended = client.leaving[seat.number] = asyncio.Event()
         try:
-            await region.operations.settled()  # those to come wait for `ended`
+            try:  # those to come wait for `ended`
+                await asyncio.wait_for(region.operations.settled(), BUSY_S)
+            except TimeoutError:
+                return "an operation of its program is under way"
             if region.closing:
                 return "it is being closed"
             quiesced = asyncio.create_task(service.quiesce(region))
             for _ in range(STALLED_STEPS):
-                left = await self._restore(seat, region, 0, region.pages)
+                left = await self._restore(seat, region, 0, region.pages, CHUNK_PAGES)
                 if not left and quiesced.done():
                     break
                 await asyncio.sleep(STEP_S)
@@ -181,11 +216,17 @@ def missing_bytes(seat: Seat) -> int:
     return int(states[State.STORED]) * PAGE
 
 
+def no_room(seat: Seat, size: int) -> str:
+    """Why so many bytes cannot come into a client's memory; nothing where they can."""
+    room = room_for(seat.client.credentials.pid)
+    return f"memory has room for {format_size(max(room, 0))} only" if room < size else ""
+
+
 def room_for(pid: int) -> int:
     """Bytes that may come into a process's memory: what the machine has, and its memory groups."""
     room = _meminfo("MemAvailable") - RESERVE
     for used, limit in _groups(pid):
-        room = min(room, limit - used)
+        room = min(room, limit - used - GROUP_RESERVE)
     return room
 
 

@@ -35,6 +35,7 @@ from userswap.native import ffi, lib
 
 VISITORS_MAX = 16
 VISIT_S = 10.0
+LINES_A_SECOND = 50
 RESIDENT_MIN, RESIDENT_MAX = 1 << 20, 1 << 44
 
 
@@ -120,9 +121,20 @@ class Embedded(Terms):
 
 
 class _Stderr(logging.Handler):
-    """Standard error, which may be a full pipe: a line is lost before it blocks."""
+    """Standard error, which may be a full pipe: a line is lost before it blocks.
+
+    What clients cause must not fill a disk: so many lines a second, and no more.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._second, self._lines = 0, 0
 
     def emit(self, record: logging.LogRecord) -> None:
+        second = int(record.created)
+        self._second, self._lines = second, self._lines + 1 if second == self._second else 1
+        if self._lines > LINES_A_SECOND:
+            return
         poll = select.poll()
         poll.register(2, select.POLLOUT)
         if poll.poll(0):

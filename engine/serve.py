@@ -72,8 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.print_unit:
         print(resources.files("userswap.engine").joinpath(UNIT).read_text(), end="")
         return 0
-    stores = declared(arguments.store)
     budget, limits = _figures(arguments)
+    stores = declared(arguments.store)
     listener = listening.passed()
     if listener is None:
         if not arguments.socket:

@@ -69,22 +69,24 @@ static uint32_t describe_runs(const struct us_batch *batch, struct us_order *ord
     return runs;
 }
 
-/* Give the agent an order for the whole batch.  us_batch_take left room for it in the ring. */
+/* Give the agent an order for the whole batch.  us_batch_take left room for it in the ring.  What is written there is never read
+ * back: a stranger may have changed it. */
 void us_order_post(struct us_client *client, struct us_batch *batch, uint32_t kind) {
     struct us_channel *channel = client->channel;
     pthread_mutex_lock(&client->batch_lock);
     struct us_order *order = &channel->order[client->order_posted % US_ORDERS];
+    uint32_t number = us_batch_number(batch);
     order->kind = kind;
-    order->batch = us_batch_number(batch);
+    order->batch = number;
     order->posted_ns = us_now();
     if (kind == US_ORDER_RELEASE || kind == US_ORDER_COPY) {
         order->runs = 1;
-        order->run[0] = (struct us_run){0, order->batch * US_BATCH_PAGES, batch->pages};
+        order->run[0] = (struct us_run){0, number * US_BATCH_PAGES, batch->pages};
         order->taken = batch->moved;
     } else {
         order->runs = describe_runs(batch, order);
     }
-    client->order_batch[client->order_posted++ % US_ORDERS] = order->batch + 1;
+    client->order_batch[client->order_posted++ % US_ORDERS] = number + 1;
     batch->order = kind;
     atomic_store(&batch->state, US_BATCH_ORDERED);
     atomic_store(&order->state, US_ORDER_POSTED);
