@@ -49,6 +49,7 @@ class Enemy:
             "features": self.features,
             "fault_path": "native",
             "placement": 0,
+            "mover": "move",
             "canary": 0,
         }
         return self.ask("hello", [self.uffd], **{**usual, **different})
@@ -136,6 +137,8 @@ def lies(path: str) -> None:
         {"fault_path": "asyncio"},
         {"placement": 77},
         {"placement": -1},
+        {"mover": "bulldozer"},
+        {"mover": ["move"]},
         {"features": -1},
         {"features": 1 << 70},
         {"features": "all"},
