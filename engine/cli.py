@@ -70,6 +70,7 @@ BENCHES = (
     Command(
         "kernel", "userswap.bench.kernel", "compare with kernel swap on zram, at the same memory"
     ),
+    Command("stores", "userswap.bench.stores", "compare stores under a region, on real data"),
 )
 STORE_COMMANDS = (
     Command("list", "userswap.engine.store_list", "stores and filters; or the extents of a volume"),
