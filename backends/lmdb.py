@@ -119,17 +119,26 @@ class LmdbStore(Store):
     # --- what the loop does ---
 
     async def read(self, runs: Sequence[Run]) -> None:
+        if self.read_now(runs):
+            return
+        wanted = list(self._blocks(runs))
+        loop = asyncio.get_running_loop()
+        batches = [wanted[at : at + READ_BLOCKS] for at in range(0, len(wanted), READ_BLOCKS)]
+        reads = [loop.run_in_executor(self._readers, self._get, batch) for batch in batches]
+        del wanted, batches  # an error's traceback must not hold on to the caller's buffers
+        _raise(await _first_error(reads))
+
+    def read_now(self, runs: Sequence[Run]) -> bool:
         self._check()
         wanted = list(self._blocks(runs))
-        if len(wanted) <= INLINE_BLOCKS and all(self._is_at_hand(block) for block, _ in wanted):
-            error = self._get(wanted)
-        else:
-            loop = asyncio.get_running_loop()
-            batches = [wanted[at : at + READ_BLOCKS] for at in range(0, len(wanted), READ_BLOCKS)]
-            reads = [loop.run_in_executor(self._readers, self._get, batch) for batch in batches]
-            del batches
-            error = await _first_error(reads)
+        if len(wanted) > INLINE_BLOCKS:
+            return False
+        for block, _ in wanted:
+            if not self._is_at_hand(block):
+                return False
+        error = self._get(wanted)
         _raise(error)
+        return True
 
     async def write(self, runs: Sequence[Run]) -> None:
         self._check()

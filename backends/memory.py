@@ -42,11 +42,15 @@ class MemoryStore(Store):
         self.space = f"this process's memory, {self._pages_max} pages at most"
 
     async def read(self, runs: Sequence[Run]) -> None:
+        self.read_now(runs)
+
+    def read_now(self, runs: Sequence[Run]) -> bool:
         self._check_open()
         zeros = bytes(self.page_size)
         for run in runs:
             content = (self._pages.get(index, zeros) for index in pages_of(self, run))
             run.buffer.cast("B")[:] = b"".join(content)
+        return True
 
     async def write(self, runs: Sequence[Run]) -> None:
         self._check_open()

@@ -100,6 +100,12 @@ class Store(ABC):
     async def read(self, runs: Sequence[Run]) -> None:
         """Fill the buffers."""
 
+    def read_now(self, runs: Sequence[Run]) -> bool:
+        """Fill the buffers at once, as `read` would, if that needs no waiting and takes a few
+        microseconds a page; False: nothing was promised, await `read`. For stores that have pages
+        at hand: it saves a fault what a task costs. A filter may leave it as it is."""
+        return False
+
     @abstractmethod
     async def write(self, runs: Sequence[Run]) -> None:
         """Keep what the buffers hold; they are the caller's again on return."""
