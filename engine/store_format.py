@@ -55,7 +55,7 @@ async def _format(arguments: argparse.Namespace) -> int:
         }
         print(json.dumps(document, indent=2))
     elif refused:
-        print(f"{url} {held}\nNothing was written. With --force all of it is lost.")
+        print(f"{url} {held}\nLeft as it is; with --force all of it is lost.")
     else:
         lost = "" if blank else f"; it was taken by force (it {held})"
         print(f"{url} is an empty volume of {format_size(size)} now{lost}")

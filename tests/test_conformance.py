@@ -58,6 +58,11 @@ def test_filters_over_a_durable_store(filters: str, check: Check, seed: int) -> 
     run(check, completed(filters) + "lmdb:{dir}/db?durability=commit", seed=seed)
 
 
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_store_that_forgets(check: Check, seed: int) -> None:
+    run(check, "null:", forgets=True, seed=seed)
+
+
 # --- the suite itself ---
 
 

@@ -129,7 +129,7 @@ def test_a_blank_or_foreign_medium_is_said_and_left_alone(
     store_command("explain", "disk:theirs")
     assert "refused: is no volume and not blank" in capsys.readouterr().out
     store_command("format", "disk:theirs", code=1)
-    assert "Nothing was written. With --force all of it is lost." in capsys.readouterr().out
+    assert "Left as it is; with --force all of it is lost." in capsys.readouterr().out
     assert Disk.pages["theirs"] == foreign
     store_command("list", "disk:blank", code=1)
     assert "is blank" in capsys.readouterr().err
