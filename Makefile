@@ -7,7 +7,7 @@ CORE := native/_core.abi3.so
 C_FILES := $(wildcard native/*.[ch] native/cdef/*.h)
 WARNINGS := -std=gnu11 -D_GNU_SOURCE= -O2 -Wall -Wextra -Werror
 
-.PHONY: help build demo test check debug bench clean
+.PHONY: help build demo test check debug vm bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -33,6 +33,9 @@ check: build  ## lint, format, types, floors and the C compiler's warnings
 
 debug:  ## run the tests with state checks, AddressSanitizer and UndefinedBehaviorSanitizer
 	.ci/debug $(ARGS)
+
+vm: build  ## run the loss tests on Debian's kernels in virtual machines (as root; long)
+	$(BIN)/pytest -m vm -s tests/test_vm.py $(ARGS)
 
 bench: build  ## compare with kernel swap (as root)
 	$(BIN)/userswap bench kernel $(ARGS)

@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 import userswap
-from proof import LOST, STUCK
+from proof import LOST, SLOW, STUCK, fewer
 from userswap.native import ffi, lib
 
 PAGE = 4096
@@ -68,7 +68,8 @@ class Writers:
         plan: Any = ffi.new("struct us_exercise *")
         plan.pages = region.size // PAGE - first if pages is None else pages
         plan.memory = ffi.cast("uint8_t *", address_of(region) + first * PAGE)
-        plan.steps, plan.seed, plan.burst, plan.hot, plan.stride = steps, seed, burst, hot, stride
+        plan.steps, plan.seed = fewer(steps), seed
+        plan.burst, plan.hot, plan.stride = burst, hot, stride
         plan.reads = 256 * reads // 100
         for kind in kinds.split():
             plan.kinds |= KINDS[kind]
@@ -113,7 +114,7 @@ class Writers:
             self.look()
             if self.done != seen:
                 seen, since = self.done, time.monotonic()
-            elif time.monotonic() - since > self._stuck_s:
+            elif time.monotonic() - since > self._stuck_s * SLOW:
                 fail(STUCK, f"stuck after {seen} steps (seed {self._seed})")
 
     def finish(self) -> int:
@@ -121,7 +122,7 @@ class Writers:
         self.watch()
         checker = threading.Thread(target=lib.us_exercise_check, args=(self._plan,), daemon=True)
         checker.start()
-        checker.join(30)
+        checker.join(30 * SLOW)
         if checker.is_alive():
             fail(STUCK, f"the check is stuck (seed {self._seed})")
         self.look()

@@ -28,6 +28,9 @@ LOST = 10
 """Exit status of a scenario that read what it did not write."""
 STUCK = 11
 """Exit status of a scenario whose threads stand still."""
+SLOW = float(os.environ.get("USERSWAP_TEST_SLOW", "1"))
+"""How many times as long as usual things may take, as on an emulated machine; long histories are
+shorter there."""
 
 
 def call(function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> str:
@@ -36,6 +39,11 @@ def call(function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> st
     assert not args, "scenarios are called by keyword"
     module = function.__module__
     return f"import {module}\n{module}.{function.__name__}({named})\n"
+
+
+def fewer(count: int, least: int = 1) -> int:
+    """How many of a long history's steps are enough on a slow machine."""
+    return count if SLOW <= 1 else max(least, int(2 * count / SLOW))
 
 
 def marked(mark: str) -> list[int]:
@@ -52,7 +60,7 @@ def marked(mark: str) -> list[int]:
 
 def soon(condition: Callable[[], bool], within: float) -> bool:
     """Wait until a condition holds; False when the time is up."""
-    deadline = time.monotonic() + within
+    deadline = time.monotonic() + within * SLOW
     while not condition():
         if time.monotonic() > deadline:
             return condition()
@@ -150,7 +158,7 @@ class Child:
     def wait(self, timeout: float = 60) -> int:
         """Its exit status; STUCK when the time is up."""
         try:
-            return self.process.wait(timeout)
+            return self.process.wait(timeout * SLOW)
         except subprocess.TimeoutExpired:
             print(f"ended after {timeout} s")
             self.end()

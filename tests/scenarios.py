@@ -13,7 +13,7 @@ from typing import Any
 
 import userswap
 from exercise import PAGE, Region, Writers, address_of, expect, fail
-from proof import STUCK
+from proof import SLOW, STUCK, fewer
 from rawcalls import in_memory
 
 MIB = 1 << 20
@@ -98,7 +98,7 @@ def touch_with_the_lock(*, seed: int, store: str, path: str) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
+            thread.join(30 * SLOW)
         expect(sum(turns) == 700 * len(turns), f"only {turns} turns")
 
 
@@ -121,7 +121,7 @@ def discard_what_is_on_its_way(*, store: str, ahead: bool) -> None:
             toucher.start()
             time.sleep(0.05)
             region.discard(start, PAGE)
-            toucher.join(3)
+            toucher.join(3 * SLOW)
             if toucher.is_alive():
                 fail(STUCK, f"who waited for page {page} sleeps on after its discard")
             expect(copy_out(region, page) == bytes(PAGE), f"page {page} came back")
@@ -162,7 +162,7 @@ def writers_in_a_signal_storm(*, seed: int, store: str, path: str, steps: int = 
             region.memory[page * PAGE : (page + 1) * PAGE] = stamp(page, 0)
         writers = Writers(region, seed=seed, steps=steps, threads=2, pages=half).start()
         choice = random.Random(seed)
-        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+        signal.setitimer(signal.ITIMER_REAL, 0.001 * SLOW, 0.001 * SLOW)
         turns = 0
         while writers.alive():
             for thread in writers.threads:
@@ -237,7 +237,7 @@ def model(*, seed: int, store: str, path: str, turns: int) -> None:
                     print("\n".join(history[-30:]))
                     expect(False, f"page {page} holds {found[:8].hex()} after turn {turn}")
 
-        for turn in range(turns):
+        for turn in range(fewer(turns)):
             first = choice.randrange(pages)
             length = min(choice.choice((1, 1, 2, 8, 40)), pages - first)
             what = choice.choice(("write", "write", "read", "read", "discard", "prefetch", "rest"))

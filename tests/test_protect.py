@@ -22,6 +22,7 @@ from test_deaths import (
     test_the_pager_is_killed_and_its_client_blocks,
 )
 from test_loss import (
+    LOSES,
     folder,
     test_a_discard_meets_a_load,
     test_a_full_store_lets_the_region_grow,
@@ -108,7 +109,7 @@ def test_system_calls_on_memory_that_is_out(store: str) -> None:
     [
         ("write", "full", False),
         ("write", "failed", True),
-        ("read", "lost", False),
+        pytest.param("read", "lost", False, marks=LOSES),
         ("discard", "bug", False),
     ],
 )
