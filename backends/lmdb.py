@@ -133,11 +133,12 @@ class LmdbStore(Store):
         wanted = list(self._blocks(runs))
         if len(wanted) > INLINE_BLOCKS:
             return False
+        is_resident, places = lib.us_is_resident, self._places
         for block, _ in wanted:
-            if not self._is_at_hand(block):
+            place = places.get(block)
+            if not place or not is_resident(place):
                 return False
-        error = self._get(wanted)
-        _raise(error)
+        _raise(self._get(wanted))
         return True
 
     async def write(self, runs: Sequence[Run]) -> None:
@@ -169,10 +170,6 @@ class LmdbStore(Store):
             buffer = run.buffer.cast("B")
             for at in range(0, buffer.nbytes, BLOCK_SIZE):
                 yield first + at // BLOCK_SIZE, buffer[at : at + BLOCK_SIZE]
-
-    def _is_at_hand(self, block: int) -> bool:
-        place = self._places.get(block)
-        return place > 0 and lib.us_is_resident(place) == 1
 
     async def _settle(self) -> None:
         _raise(await _first_error([self._writer.settle(sync=self._interval > 0)]))
@@ -210,18 +207,19 @@ class LmdbStore(Store):
         return PageLostError("what is stored is damaged", store=NAME, page=lost // self._per_page)
 
     def _read_block(self, txn: lmdb.Transaction[memoryview], block: int, place: memoryview) -> bool:
-        value = txn.get(block_key(block), None, self._database.values)
+        database, key = self._database, block_key(block)
+        value = txn.get(key, None, database.values)
         if value is None or block in self._writer.forgotten:
             place[:] = bytes(BLOCK_SIZE)
             return True
-        with ffi.from_buffer(value) as source, ffi.from_buffer(place) as into:
-            if len(source) == self._database.value_max:
-                rest = txn.get(block_key(block), b"", self._database.tails)
-                with ffi.from_buffer(rest) as tail:
-                    rc = lib.us_value_join(source, len(source), tail, len(tail), into)
+        source, length = ffi.from_buffer(value), len(value)
+        with ffi.from_buffer(place) as into:
+            if length == database.value_max:
+                rest = txn.get(key, b"", database.tails)
+                rc = lib.us_value_join(source, length, ffi.from_buffer(rest), len(rest), into)
             else:
-                rc = lib.us_value_decode(source, len(source), into)
-            self._places.set(block, int(ffi.cast("uintptr_t", source)))
+                rc = lib.us_value_decode(source, length, into)
+        self._places.set(block, int(ffi.cast("uintptr_t", source)))
         return bool(rc == 0)
 
     def _find(self, written: list[int]) -> None:

@@ -68,6 +68,10 @@ async def test_what_is_cold_is_read_beside_the_loop(
     assert bytes(buffer) == b"".join(pages)
 
 
+def at_hand(store: LmdbStore, index: int) -> bool:
+    return store.read_now([Run(index, memoryview(bytearray(PAGE)))])
+
+
 class ColdMemory:
     """A core to which nothing is resident."""
 
@@ -82,12 +86,12 @@ async def test_pages_dropped_from_the_page_cache_are_seen_to_be(tmp_path: Path, 
     store = await open_at(tmp_path / "store", "durability=commit")
     noise = random.Random(seed).randbytes(PAGE)
     await write(store, 5, noise)
-    assert store._is_at_hand(5)
+    assert at_hand(store, 5)
     await store.aclose()
     store = await open_at(tmp_path / "store")
-    assert not store._is_at_hand(5)  # nobody has seen it yet
+    assert not at_hand(store, 5)  # nobody has seen it yet
     assert await read(store, 5) == noise
-    assert store._is_at_hand(5)
+    assert at_hand(store, 5)
     await store.aclose()
 
 
