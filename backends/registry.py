@@ -36,6 +36,7 @@ _OWN_STORES = {
     "memory": "userswap.backends.memory:open_store",
     "null": "userswap.backends.null:open_store",
     "ram": "userswap.backends.ram:open_store",
+    "redis": "userswap.backends.redis:open_store",
 }
 _OWN_FILTERS = {
     name: f"userswap.backends.filters.{name}:open_filter"

@@ -70,7 +70,7 @@ SHARED |= {f"userswap.backends.filters.{name}" for name in ("sealed", "tail")}
 SHARED |= {f"userswap.backends.filters.{name}" for name in ("placement", "traffic")}
 SHARED |= {"userswap.backends.filters"}
 SHARED |= {f"userswap.backends.{name}" for name in ("medium", "ranges", "superblock")}
-SHARED |= {f"userswap.backends.{name}" for name in ("lmdb_file", "lmdb_writer")}
+SHARED |= {f"userswap.backends.{name}" for name in ("lmdb_file", "lmdb_writer", "redis_server")}
 IMPURE = {"asyncio", "os", "random", "socket", "subprocess", "threading", "time"}
 
 
