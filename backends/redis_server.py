@@ -118,7 +118,13 @@ class Server:
         if self._failed:
             raise StoreFailedError(self._failed, store=NAME)
         try:
-            return await self._client.execute_command(*arguments)
+            try:
+                return await self._client.execute_command(*arguments)
+            except self._errors.ConnectionError as error:
+                if "closed by server" not in str(error).lower():
+                    raise
+                # A connection that lay idle while the server was started again.
+                return await self._client.execute_command(*arguments)
         except (TimeoutError, self._errors.RedisError, OSError) as error:
             raise self._meaning(error) from error
 
