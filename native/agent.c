@@ -139,6 +139,10 @@ static void move_out(struct us_agent *agent, struct us_order *order) {
     }
 }
 
+static uint64_t bits(uint32_t first, uint32_t count) {
+    return (count >= 64 ? ~0ull : (1ull << count) - 1) << first;
+}
+
 /* Where the pager may not read this process: copy the moved pages (which are here, so this faults nothing) to its buffer. */
 static void copy_out(struct us_agent *agent, const struct us_order *order) {
     uint64_t base = (uint64_t)order->run[0].staging * US_PAGE;
@@ -147,19 +151,28 @@ static void copy_out(struct us_agent *agent, const struct us_order *order) {
             memcpy(agent->buffers + base + (uint64_t)page * US_PAGE, agent->staging + base + (uint64_t)page * US_PAGE, US_PAGE);
 }
 
-/* The same where the pages still are in place: protected, and BUSY, so that none of them is dropped meanwhile. */
-static void read_out(struct us_agent *agent, const struct us_order *order) {
-    uint8_t *buffer = agent->buffers + (uint64_t)order->batch % US_BATCHES * US_BATCH_PAGES * US_PAGE;
-    uint32_t pages = 0;
-    for (uint32_t i = 0; i < order->runs && pages + order->run[i].pages <= US_BATCH_PAGES; i++) {
-        size_t length = (size_t)order->run[i].pages * US_PAGE;
-        memcpy(buffer + (size_t)pages * US_PAGE, (const void *)(uintptr_t)order->run[i].address, length);
-        pages += order->run[i].pages;
+/* The same where the pages still are in place: protected, and BUSY, so that none of them is dropped meanwhile.  By a system call,
+ * which ends at a page that the program itself may not read, where a read of ours would end the program. */
+static void read_out(struct us_agent *agent, struct us_order *order) {
+    uint64_t to = US_CHANNEL_BYTES + (uint64_t)(order->batch % US_BATCHES) * US_BATCH_PAGES * US_PAGE;
+    uint32_t first = 0;
+    for (uint32_t i = 0; i < order->runs && first + order->run[i].pages <= US_BATCH_PAGES; first += order->run[i++].pages) {
+        const struct us_run *run = &order->run[i];
+        for (uint32_t page = 0; page < run->pages; page++) { /* past the page that ended the read: it stays */
+            const uint8_t *from = (const uint8_t *)(uintptr_t)run->address + (size_t)page * US_PAGE;
+            size_t length = (size_t)(run->pages - page) * US_PAGE;
+            ssize_t got = pwrite(agent->options.channel_fd, from, length, (off_t)(to + (uint64_t)(first + page) * US_PAGE));
+            uint32_t read = got > 0 ? (uint32_t)((size_t)got / US_PAGE) : 0;
+            order->taken |= bits(first + page, read);
+            page += read;
+        }
     }
 }
 
-static uint64_t bits(uint32_t first, uint32_t count) {
-    return (count >= 64 ? ~0ull : (1ull << count) - 1) << first;
+/* Before 5.18 the kernel does not know how to drop mlocked pages: then those stay. */
+static int drop_run(void *start, size_t length, int advice) {
+    int rc = madvise(start, length, advice);
+    return rc && errno == EINVAL && advice == MADV_DONTNEED_LOCKED ? madvise(start, length, MADV_DONTNEED) : rc;
 }
 
 /* Drop pages of the region in place: one vectored call, since each call costs a TLB shoot-down. */
@@ -179,12 +192,12 @@ static void drop(struct us_agent *agent, struct us_order *order, int advice) {
     /* before 6.13 the call refuses DONTNEED: run by run then; mlocked pages refuse it always, and take no neighbour along */
     uint32_t bit = 0;
     for (uint32_t i = 0; i < order->runs; bit += order->run[i++].pages) {
-        if (madvise(vector[i].iov_base, vector[i].iov_len, advice) == 0) {
+        if (drop_run(vector[i].iov_base, vector[i].iov_len, advice) == 0) {
             order->taken |= bits(bit, order->run[i].pages);
             continue;
         }
         for (uint32_t page = 0; page < order->run[i].pages; page++)
-            if (madvise((uint8_t *)vector[i].iov_base + (size_t)page * US_PAGE, US_PAGE, advice) == 0)
+            if (drop_run((uint8_t *)vector[i].iov_base + (size_t)page * US_PAGE, US_PAGE, advice) == 0)
                 order->taken |= 1ull << (bit + page);
             else
                 order->error = -errno;
@@ -194,10 +207,6 @@ static void drop(struct us_agent *agent, struct us_order *order, int advice) {
 static void carry_out(struct us_agent *agent, struct us_order *order) {
     if (order->kind == US_ORDER_COPY) {
         copy_out(agent, order);
-        return;
-    }
-    if (order->kind == US_ORDER_READ) {
-        read_out(agent, order);
         return;
     }
     order->taken = order->absent = 0;
@@ -210,6 +219,8 @@ static void carry_out(struct us_agent *agent, struct us_order *order) {
         drop(agent, order, MADV_DONTNEED);
     } else if (order->kind == US_ORDER_DISCARD) {
         drop(agent, order, MADV_DONTNEED_LOCKED);
+    } else if (order->kind == US_ORDER_READ) {
+        read_out(agent, order);
     } else if (order->kind == US_ORDER_RELEASE) {
         const struct us_run *run = &order->run[0];
         if (madvise(agent->staging + (uint64_t)run->staging * US_PAGE, (size_t)run->pages * US_PAGE, MADV_DONTNEED_LOCKED) == 0)

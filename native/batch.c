@@ -365,7 +365,7 @@ static bool reap_one(struct us_client *client) {
         else if (batch->order == US_ORDER_COPY)
             copied(client, batch);
         else if (batch->order == US_ORDER_READ)
-            us_protect_read(client, batch);
+            us_protect_read(client, batch, copy.taken);
         else if (batch->order == US_ORDER_DROP || batch->order == US_ORDER_DISCARD)
             dropped(batch, &copy);
         else

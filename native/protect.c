@@ -299,9 +299,9 @@ void us_protect_store(struct us_client *client, struct us_batch *batch, uint64_t
     drop(client, batch, dropping);
 }
 
-/* The agent has read the batch for us. */
-void us_protect_read(struct us_client *client, struct us_batch *batch) {
-    batch->moved = us_batch_mask(batch);
+/* The agent has read the batch for us, the pages of `readable` at least. */
+void us_protect_read(struct us_client *client, struct us_batch *batch, uint64_t readable) {
+    batch->moved = readable & us_batch_mask(batch);
     us_take_copies(client, batch);
     us_protect_store(client, batch, batch->moved);
 }

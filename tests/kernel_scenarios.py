@@ -15,7 +15,22 @@ from pathlib import Path
 
 from exercise import PAGE, Region, Writers, address_of, address_of_buffer, expect
 from proof import SLOW, fewer
-from rawcalls import Ring, futex_wait, futex_wake, in_memory, lock, read_process, unlock
+from rawcalls import (
+    DONTNEED,
+    DONTNEED_LOCKED,
+    SYS_MADVISE,
+    SYS_PROCESS_MADVISE,
+    SYS_PROCESS_VM_READV,
+    Ring,
+    futex_wait,
+    futex_wake,
+    in_memory,
+    lock,
+    protect,
+    read_process,
+    refuse,
+    unlock,
+)
 from scenarios import LEAST, MIB, copy_out, fill, stamp, stored_pages
 from userswap.engine import region as region_module
 from userswap.engine.errors import ResidentError, UserswapError
@@ -264,3 +279,35 @@ def fill_a_full_store(*, store: str, path: str) -> None:
         stats = region.stats()
         expect(stats.over_budget_pages > 0, "it was never full")
         expect(stats.lost_pages == 0, "pages were lost")
+
+
+def discard_without_dropping_locked_pages() -> None:
+    """As before Linux 5.18, and before 6.13: no MADV_DONTNEED_LOCKED, no vectored drop."""
+    refuse(
+        errno.EINVAL,
+        (SYS_MADVISE, 2, DONTNEED_LOCKED),
+        (SYS_PROCESS_MADVISE, 3, DONTNEED_LOCKED),
+        (SYS_PROCESS_MADVISE, 3, DONTNEED),
+    )
+    with Region(4 * MIB, resident=LEAST, store="memory:", mover="protect") as region:
+        fill(region)
+        region.discard(0, region.size)
+        expect(not any(in_memory(address_of(region), region.size // PAGE)), "pages stayed")
+        expect(region.memory == bytes(region.size), "what was discarded came back")
+
+
+def forbid_memory_where_the_agent_reads(*, store: str) -> None:
+    """Where the agent reads pages for the pager, it lives through those that the program has made
+    unreadable: they stay."""
+    refuse(errno.EPERM, (SYS_PROCESS_VM_READV, 5, 0))
+    with Region(4 * MIB, resident=LEAST, store=store, mover="protect") as region:
+        for page in range(128):
+            region.memory[page * PAGE : (page + 1) * PAGE] = stamp(page, 0)
+        protect(address_of(region), 64 * PAGE, 0)
+        for page in range(128, region.size // PAGE):
+            region.memory[page * PAGE : (page + 1) * PAGE] = stamp(page, 0)
+        region.resize_resident(LEAST)  # it waits until the others have left
+        expect(all(in_memory(address_of(region), 64)), "unreadable pages left")
+        protect(address_of(region), 64 * PAGE, mmap.PROT_READ | mmap.PROT_WRITE)
+        for page in range(region.size // PAGE):
+            expect(copy_out(region, page) == stamp(page, 0), f"page {page} is lost")

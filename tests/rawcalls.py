@@ -13,6 +13,9 @@ X86 = os.uname().machine == "x86_64"
 SYS_FUTEX = 202 if X86 else 98
 # Not by name: under AddressSanitizer the C library's mlock does nothing.
 SYS_MLOCK, SYS_MUNLOCK = (149, 150) if X86 else (228, 229)
+SYS_MADVISE, SYS_PROCESS_VM_READV = (28, 310) if X86 else (233, 270)
+SYS_PROCESS_MADVISE = 440
+DONTNEED, DONTNEED_LOCKED = 4, 24
 SYS_IO_URING_SETUP, SYS_IO_URING_ENTER, SYS_IO_URING_REGISTER = 425, 426, 427
 FUTEX_WAIT, FUTEX_WAKE = 0, 1
 PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT = 17, 0x4206, 0x4207
@@ -71,6 +74,26 @@ def futex_wait(address: int, value: int) -> None:
 
 def futex_wake(address: int, count: int) -> int:
     return system_call(SYS_FUTEX, address, FUTEX_WAKE, count, None, None, 0)
+
+
+def refuse(error: int, *calls: tuple[int, int, int]) -> None:
+    """From now on system calls of this process fail, and of those that it starts: by number, where
+    the argument at a place has a value."""
+    load, equal, answer = 0x20, 0x15, 0x06
+    steps = []
+    for number, place, value in calls:
+        steps += [(load, 0, 0, 0), (equal, 0, 3, number)]
+        steps += [(load, 0, 0, 16 + 8 * place), (equal, 0, 1, value)]
+        steps += [(answer, 0, 0, 0x00050000 | error)]
+    steps.append((answer, 0, 0, 0x7FFF0000))
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    program = struct.pack("HxxxxxxQ", len(steps), ctypes.addressof(code))
+    checked(LIBC.prctl(38, 1, 0, 0, 0))  # PR_SET_NO_NEW_PRIVS
+    checked(LIBC.prctl(22, 2, program))  # PR_SET_SECCOMP
+
+
+def protect(address: int, length: int, access: int) -> None:
+    checked(LIBC.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(length), access))
 
 
 def stop_thread(thread: int) -> None:

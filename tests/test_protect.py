@@ -118,6 +118,15 @@ def test_a_store_fails_at_its_nth_call(on: str, how: str, sticky: bool) -> None:
     print(check(source))
 
 
+def test_a_discard_where_locked_pages_cannot_be_dropped() -> None:
+    check(call(kernel_scenarios.discard_without_dropping_locked_pages))
+
+
+@pytest.mark.parametrize("store", ["ram:lz4", "memory:"])
+def test_memory_that_the_program_itself_may_not_read(store: str) -> None:
+    check(call(kernel_scenarios.forbid_memory_where_the_agent_reads, store=store))
+
+
 def test_its_limit_is_told_once_per_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(MOVER)
     child = run_child("""
