@@ -113,7 +113,9 @@ class LmdbStore(Store):
         self._places = _Places()
         self._writer = Writer(self._database, codec, self._per_page, self._find)
         self._syncing: asyncio.Task[None] | None = None
-        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="lmdb-read")
+        self._readers = ThreadPoolExecutor(
+            READERS, thread_name_prefix="lmdb-read", initializer=lib.us_place_freely
+        )
         _opened.add(self)
 
     # --- what the loop does ---

@@ -25,6 +25,7 @@ from userswap.backends.grammar import format_size
 from userswap.backends.lmdb_file import NAME, Database, block_key, is_full
 from userswap.backends.store import StoreError, StoreFailedError, StoreFullError
 from userswap.backends.values import ZEROS, Codec
+from userswap.native import lib
 
 COMMIT_BLOCKS = 64
 """In one transaction; more gains no speed, and makes the others wait."""
@@ -97,6 +98,7 @@ class Writer:
         return future
 
     def _work(self) -> None:
+        lib.us_place_freely()
         jobs: deque[_Write | _Order | None] = deque()
         while True:
             if not jobs:

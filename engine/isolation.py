@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from userswap.backends.store import Run, Store, StoreError, StoreFailedError
+from userswap.native import lib
 
 log = logging.getLogger("userswap.pager")
 
@@ -36,6 +37,7 @@ class _Thread:
         self._thread.start()
 
     def _main(self) -> None:
+        lib.us_place_freely()
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()
         self._loop.close()

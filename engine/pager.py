@@ -94,7 +94,9 @@ class Embedded(Terms):
     def begin(self, client: Connection, hello: Message, uffd: int) -> ClientService:
         if client is not self.client:
             raise UserswapError("this pager serves the program that started it, and no other")
-        return super().begin(client, hello, uffd)
+        service = super().begin(client, hello, uffd)
+        lib.us_place_loop(service.native)
+        return service
 
     async def visit(self, visitor: Connection, operation: str, request: Message) -> Message:
         return await self.desk.answer(visitor, operation, request)

@@ -113,6 +113,10 @@ class ClientService:
         os.eventfd_read(wake)
         self.loop.drain()
         self.evictor.drain()
+        if lib.us_client_news(self.native):
+            self._tell_news()
+
+    def _tell_news(self) -> None:
         while (full := lib.us_client_full(self.native)) != ffi.NULL:
             self.evictor.complain(self.loop.region(full), "is full")
         while (held := lib.us_client_held(self.native)) != ffi.NULL:

@@ -191,8 +191,10 @@ void us_put_back(struct us_batch *batch, uint32_t slot) {
 void us_store_full(struct us_region *region) {
     us_count(&region->count.full, 1);
     atomic_store(&region->full, true);
-    if (!atomic_exchange(&region->full_since, true))
+    if (!atomic_exchange(&region->full_since, true)) {
+        atomic_store(&region->client->news, 1);
         us_tell_loop(region->client);
+    }
     atomic_store(&region->retry_ns, us_now() + FULL_RETRY_NS);
     us_release(region, 0);
 }

@@ -155,7 +155,8 @@ struct us_client {
     _Atomic uint32_t loop_told;
     pthread_t server, worker, helper;
     bool server_runs, worker_runs, helper_runs;
-    int server_tid, worker_tid, helper_tid;
+    _Atomic uint32_t news; /* a region is full, or held: the loop has not looked yet */
+    int server_tid, worker_tid, helper_tid, loop_tid;
     _Atomic uint32_t helper_asleep;
     int helper_fd;
     _Atomic bool server_stop, server_ended;
@@ -257,6 +258,9 @@ void us_trust_free(struct us_client *client);
 
 /* placement.c */
 void us_place(struct us_client *client, uint32_t thread_id, uint64_t now);
+void us_place_loop(struct us_client *client);
+void us_place_freely(void);
+int us_client_news(struct us_client *client);
 
 static inline bool us_canary_on(const struct us_client *client, enum us_canary canary) {
     return __builtin_expect((client->canary & (uint32_t)canary) != 0, 0);

@@ -1,8 +1,8 @@
 /* Which CPU does what.
  *
  * On a virtual machine a wake-up across CPUs costs 20 to 80 us, and every change of a page table that another CPU is using costs
- * an interrupt there.  So the fault server and the agent follow the faulting thread's CPU, and the evict worker
- * keeps to the others.
+ * an interrupt there.  So the fault server, the agent and the loop follow the faulting thread's CPU, and the evict
+ * worker keeps to the others.
  */
 #define _GNU_SOURCE
 #include "pager.h"
@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #define LOOKS_TO_MOVE 4 /* threads on several CPUs must not make the server hop between them */
@@ -37,6 +38,32 @@ static int cpu_of_thread(int pid, uint32_t thread_id) {
     return at ? atoi(at) : -1;
 }
 
+/* What this process was given, before any of its threads was put anywhere. */
+static cpu_set_t given;
+static atomic_bool given_known;
+
+static bool get_given(cpu_set_t *set) {
+    if (!atomic_load(&given_known))
+        return sched_getaffinity(getpid(), sizeof *set, set) == 0; /* the main thread's */
+    *set = given;
+    return true;
+}
+
+/* The calling thread runs the asyncio loop for this client, and for no other: a miss wakes it, so it belongs where the
+ * faulting thread is. */
+void us_place_loop(struct us_client *client) {
+    if (sched_getaffinity(0, sizeof given, &given))
+        return;
+    atomic_store(&given_known, true);
+    client->loop_tid = (int)syscall(SYS_gettid);
+}
+
+/* A thread that was started by the loop has its place too; this takes it off again. */
+void us_place_freely(void) {
+    if (atomic_load(&given_known))
+        sched_setaffinity(0, sizeof given, &given);
+}
+
 static void pin(int tid, const cpu_set_t *set) {
     if (tid && CPU_COUNT(set))
         sched_setaffinity(tid, sizeof *set, set);
@@ -53,7 +80,7 @@ static void place_drops(struct us_client *client, bool elsewhere) {
 }
 
 void us_place(struct us_client *client, uint32_t thread_id, uint64_t now) {
-    if (client->placement == US_PLACE_NONE || !client->server_runs || now - client->placed_ns < LOOK_EVERY_NS)
+    if (client->placement == US_PLACE_NONE || !(client->server_runs || client->loop_tid) || now - client->placed_ns < LOOK_EVERY_NS)
         return;
     client->placed_ns = now;
     int cpu = cpu_of_thread(client->pid, thread_id);
@@ -65,7 +92,7 @@ void us_place(struct us_client *client, uint32_t thread_id, uint64_t now) {
     client->looks_elsewhere = 0;
     client->server_cpu = cpu;
     cpu_set_t allowed, near, apart;
-    if (sched_getaffinity(getpid(), sizeof allowed, &allowed)) /* the main thread's: what this process was given */
+    if (!get_given(&allowed))
         return;
     CPU_ZERO(&near);
     CPU_SET((unsigned)cpu, &near);
@@ -74,6 +101,7 @@ void us_place(struct us_client *client, uint32_t thread_id, uint64_t now) {
     client->worker_apart = CPU_COUNT(&apart) > 0;
     bool same = client->placement == US_PLACE_SAME && CPU_ISSET((unsigned)cpu, &allowed);
     pin(client->server_tid, same ? &near : &apart);
+    pin(client->loop_tid, same ? &near : &allowed);
     pin(client->worker_tid, client->worker_apart ? &apart : &allowed);
     pin(client->helper_tid, same ? &near : &allowed);
     client->apart_cpu = cpu;

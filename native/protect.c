@@ -207,8 +207,10 @@ uint32_t us_protect_send(struct us_client *client, struct us_region *region, uin
     enum us_held held = held_by(client);
     if (held != US_HELD_NOT) {
         us_count(&region->count.refused, atomic_load(&region->waiting.pages));
-        if (atomic_exchange(&region->held, held) != held)
+        if (atomic_exchange(&region->held, held) != held) {
+            atomic_store(&region->client->news, 1);
             us_tell_loop(client);
+        }
         us_back_off(region, false);
         return 0;
     }

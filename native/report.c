@@ -51,6 +51,11 @@ struct us_region *us_client_stuck(struct us_client *client) {
     return parked && atomic_load(&parked->full) ? parked : NULL;
 }
 
+/* Whether there may be something that the two below have not told; asked at each wake of the loop, so it looks at no region. */
+int us_client_news(struct us_client *client) {
+    return atomic_load_explicit(&client->news, memory_order_relaxed) && atomic_exchange(&client->news, 0);
+}
+
 /* A region whose store was found full and of which this was not told before; NULL: none. */
 struct us_region *us_client_full(struct us_client *client) {
     struct us_region *found = NULL;

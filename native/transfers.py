@@ -253,7 +253,7 @@ class _Threads:
         self._ended = ended
         self._refill = refill
         self._free = list(range(DEPTH))
-        self._pool = ThreadPoolExecutor(THREADS, "userswap-file")
+        self._pool = ThreadPoolExecutor(THREADS, "userswap-file", initializer=lib.us_place_freely)
 
     def ask(self, operation: int, place: Any, length: int, offset: int) -> int:
         number = self._free.pop()
