@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -67,8 +68,9 @@ class Stores:
         self._declared = declared
         self._open: dict[tuple[int, str], _Open] = {}
         """By client (0: shared by all) and store."""
-        self._lock = asyncio.Lock()
-        """Opening and closing: two regions that ask at once for a file find it open once."""
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """Opening and closing, by URL: two regions that ask at once for a file find it open once,
+        and a store that hangs as it is opened holds up nobody who wants another."""
 
     async def open(self, client: int, store: str, region: str, pages: int) -> Backing:
         """Room for `pages` pages of a client's region.
@@ -78,7 +80,7 @@ class Stores:
         label = _label(store)
         url = self._url(store)
         try:
-            async with self._lock:
+            async with self._locks[url]:
                 key, opened = await self._opened(client, url)
                 opened.users += 1
             try:
@@ -127,7 +129,7 @@ class Stores:
         return key, self._open[key]
 
     async def _leave(self, key: tuple[int, str]) -> None:
-        async with self._lock:
+        async with self._locks[key[1]]:
             opened = self._open[key]
             opened.users -= 1
             if opened.users:
