@@ -136,6 +136,7 @@ struct victims {
     uint32_t room;
     uint32_t place[US_BATCH_PAGES], places; /* DROPPING */
     uint32_t bare[US_BATCH_PAGES], bares; /* CLEAN | BUSY: no copy yet */
+    uint32_t stale; /* entries of pages that are not there: where many were discarded, all of them stand before the first victim */
 };
 
 /* Decide a page's fate by one swap of its word.  Its entry has left the queue, so QUEUED goes with the swap. */
@@ -170,7 +171,7 @@ static void choose(struct us_region *region, uint32_t index, struct victims *vic
             us_word_clear(word, US_QUEUED);
             us_queue_push(region, index);
         } else if (!resident) {
-            return; /* not ours to send out, though it may be DROPPING: by a discard, whose order it is part of */
+            victims->stale++; /* not ours to send out, though it may be DROPPING: by a discard, whose order it is part of */
         } else if (us_state_of(next) == US_DROPPING || (clean && has_copy)) {
             victims->place[victims->places++] = index;
         } else if (us_state_of(next) == US_MOVING || us_state_of(next) == US_PROTECTED) {
@@ -229,7 +230,7 @@ static bool evict_protected(struct us_client *client, struct us_region *region, 
         choose(region, index[i], &victims, 0);
     qsort(victims.move, victims.moves, sizeof *victims.move, compare);
     us_protect(region, victims.move, victims.moves);
-    return post_place(client, place, &victims) || victims.moves || sent;
+    return post_place(client, place, &victims) || victims.moves || victims.stale || sent;
 }
 
 /* One step for one region: up to a batch of each kind. */
@@ -252,7 +253,7 @@ static bool evict(struct us_client *client, struct us_region *region) {
     for (uint32_t i = 0; i < n; i++)
         choose(region, index[i], &victims, 1 + us_batch_number(move) * US_BATCH_PAGES);
     post_move(client, move, &victims);
-    return post_place(client, place, &victims) || victims.moves;
+    return post_place(client, place, &victims) || victims.moves || victims.stale;
 }
 
 static bool orders_open(struct us_client *client) {

@@ -207,6 +207,24 @@ def discard_under_eviction(*, seed: int, store: str, turns: int) -> None:
         _balance(region)
 
 
+def touch_after_much_was_discarded(*, mover: str) -> None:
+    """What was discarded without ever being pressed costs no fault a wait: each entry that it left
+    in the queue is passed over at once."""
+    pages, chunk = 160_000, 2048
+    with Region(2 * pages * PAGE, resident=16 * MIB, store="ram:lz4", mover=mover) as region:
+        for first in range(0, pages, chunk):
+            for page in range(first, first + chunk):
+                region.memory[page * PAGE] = 1
+            region.discard(first * PAGE, chunk * PAGE)
+        worst = 0.0
+        for page in range(pages + chunk, pages + 5 * chunk):
+            since = time.monotonic()
+            region.memory[page * PAGE] = 1
+            worst = max(worst, time.monotonic() - since)
+        expect(region.stats().faults["parked"] > 0, "no fault waited for room")
+        expect(worst < 0.8, f"a fault took {worst:.2f} s")
+
+
 def _balance(region: userswap.Region) -> None:
     """Once nothing is under way, what is counted as resident is what is resident."""
     for _ in range(200):

@@ -115,6 +115,11 @@ def test_what_is_written_after_a_discard_stays(store: str, seed: int) -> None:
     check(source, timeout=100)
 
 
+@pytest.mark.parametrize("mover", ["move", "protect"])
+def test_what_was_discarded_holds_no_fault_up(mover: str) -> None:
+    check(call(scenarios.touch_after_much_was_discarded, mover=mover))
+
+
 @pytest.mark.parametrize(("path", "store"), [("native", "ram:lz4"), ("asyncio", "memory:")])
 def test_signals_while_threads_fault(path: str, store: str, seed: int) -> None:
     source = call(scenarios.writers_in_a_signal_storm, seed=seed, store=store, path=path)
