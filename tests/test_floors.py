@@ -71,6 +71,10 @@ SHARED |= {f"userswap.backends.filters.{name}" for name in ("placement", "traffi
 SHARED |= {"userswap.backends.filters"}
 SHARED |= {f"userswap.backends.{name}" for name in ("medium", "ranges", "superblock")}
 SHARED |= {f"userswap.backends.{name}" for name in ("lmdb_file", "lmdb_writer", "redis_server")}
+SHARED |= {f"userswap.backends.nvme_tcp.{name}" for name in ("pdu", "command", "identify", "wire")}
+SHARED |= {f"userswap.backends.nvme_tcp.{name}" for name in ("qpair", "controller", "target")}
+SHARED |= {f"userswap.backends.nvme_tcp.target_{name}" for name in ("queue", "controller")}
+SHARED |= {"userswap.backends.nvme_tcp"}
 IMPURE = {"asyncio", "os", "random", "socket", "subprocess", "threading", "time"}
 
 
@@ -190,6 +194,15 @@ def test_policies_are_pure() -> None:
         f"{place(path)} imports {name}"
         for path, name in package_imports()
         if path.is_relative_to(ROOT / "engine" / "policies") and name.partition(".")[0] in IMPURE
+    ] == []
+
+
+def test_protocols_are_pure() -> None:
+    # All of the package but the modules that give it sockets.
+    assert [
+        f"{place(path)} imports {name}"
+        for path, name in package_imports()
+        if path.is_relative_to(ROOT / "backends" / "nvme_tcp") and name.partition(".")[0] in IMPURE
     ] == []
 
 
