@@ -17,10 +17,10 @@ import asyncio
 import errno
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from userswap.native import check, ffi, lib
 
@@ -58,24 +58,20 @@ class Failure:
 class Transfer(asyncio.Future[None]):
     """What one call waits for; done when its last request is."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop=loop)
-        self.failures: list[Failure] = []
-        self.left = 0
-        self.places: list[Any] = []
+    left = 0
+    """Requests that have not ended."""
+    failures: Sequence[Failure] = ()
+    places: tuple[Any, ...] = ()
+    """The buffers that its requests use."""
 
     def cancel(self, msg: Any | None = None) -> bool:
         """Not before the kernel has let go: whoever awaits this is cancelled then."""
         return False
 
-    def end(self) -> None:
-        for place in self.places:
-            ffi.release(place)
-        self.set_result(None)
 
+class Request(NamedTuple):
+    """A part of what a transfer moves, or a change."""
 
-@dataclass(slots=True)
-class _Request:
     transfer: Transfer
     operation: int
     place: Any
@@ -90,12 +86,11 @@ class Transfers:
         self._fd = fd
         self._loop = asyncio.get_running_loop()
         self._looks_at_cache = True
-        self._requests: list[_Request | None] = [None] * DEPTH
+        self._requests: list[Request | None] = [None] * DEPTH
         self._reads = self._changes = 0
-        self._waiting_reads: deque[_Request] = deque()
-        self._waiting_changes: deque[_Request] = deque()
-        self._idle: asyncio.Event = asyncio.Event()
-        self._idle.set()
+        self._waiting_reads: deque[Request] = deque()
+        self._waiting_changes: deque[Request] = deque()
+        self._closing: asyncio.Event | None = None
         self.why_threads = "" if ring else "not wanted"
         """Why threads do what io_uring would; empty where it does."""
         self._means: _Ring | _Threads | None = None
@@ -108,19 +103,19 @@ class Transfers:
             self._means = _Threads(fd, align, self._ended, self._refill)
 
     def new(self) -> Transfer:
-        return Transfer(self._loop)
+        return Transfer(loop=self._loop)
 
     def move(self, transfer: Transfer, operation: int, buffer: memoryview, offset: int) -> None:
         """Read or write a buffer, in as many requests as it takes."""
         place = ffi.from_buffer("uint8_t[]", buffer, operation == READ)
-        transfer.places.append(place)
+        transfer.places += (place,)
         size = len(place)
         if size <= CHUNK:
-            self._start(_Request(transfer, operation, place, size, offset))
+            self._start(Request(transfer, operation, place, size, offset))
             return
         for start in range(0, size, CHUNK):
             length = min(CHUNK, size - start)
-            self._start(_Request(transfer, operation, place + start, length, offset + start))
+            self._start(Request(transfer, operation, place + start, length, offset + start))
 
     def cached(self, buffer: memoryview, offset: int) -> bool:
         """Read from the page cache, where all of it is there."""
@@ -133,16 +128,18 @@ class Transfers:
 
     def change(self, transfer: Transfer, operation: int, offset: int = 0, length: int = 0) -> None:
         """PUNCH, ZERO or ALLOCATE a range; SYNC."""
-        self._start(_Request(transfer, operation, ffi.NULL, length, offset))
+        self._start(Request(transfer, operation, ffi.NULL, length, offset))
 
     async def aclose(self) -> None:
         """Wait for what is in flight, then let go of the file."""
-        await self._idle.wait()
+        if self._reads + self._changes:
+            self._closing = asyncio.Event()
+            await self._closing.wait()
         if self._means is not None:
             self._means.close()
             self._means = None
 
-    def _start(self, request: _Request) -> None:
+    def _start(self, request: Request) -> None:
         request.transfer.left += 1
         if request.operation == READ:
             if self._reads < READS_MAX and self._reads + self._changes < DEPTH:
@@ -154,35 +151,39 @@ class Transfers:
         else:
             self._waiting_changes.append(request)
 
-    def _ask(self, request: _Request) -> None:
+    def _ask(self, request: Request) -> None:
         if request.operation == READ:
             self._reads += 1
         else:
             self._changes += 1
-        if self._reads + self._changes == 1:
-            self._idle.clear()
         assert self._means is not None
-        number = self._means.ask(request.operation, request.place, request.length, request.offset)
-        self._requests[number] = request
+        self._requests[self._means.ask(request)] = request
 
     def _ended(self, number: int, error: int, moved: int) -> None:
         request = self._requests[number]
         assert request is not None
         self._requests[number] = None
+        transfer = request.transfer
         if request.operation == READ:
             self._reads -= 1
         else:
             self._changes -= 1
-        transfer = request.transfer
         if error:
             end = request.offset + request.length
-            transfer.failures.append(Failure(error, request.offset + moved, end))
+            failure = Failure(error, request.offset + moved, end)
+            transfer.failures = [*transfer.failures, failure]
         transfer.left -= 1
         if not transfer.left:
-            transfer.end()
+            for place in transfer.places:
+                ffi.release(place)
+            transfer.set_result(None)
 
     def _refill(self) -> None:
         """Only after every request that ended was told of: the numbers are given out again."""
+        if not (self._waiting_reads or self._waiting_changes):
+            if self._closing is not None and not self._reads + self._changes:
+                self._closing.set()
+            return
         while (
             self._waiting_reads and self._reads < READS_MAX and self._reads + self._changes < DEPTH
         ):
@@ -193,8 +194,6 @@ class Transfers:
             and self._reads + self._changes < DEPTH
         ):
             self._ask(self._waiting_changes.popleft())
-        if not self._reads + self._changes:
-            self._idle.set()
 
 
 class _Ring:
@@ -213,8 +212,10 @@ class _Ring:
         self._event = lib.us_uring_eventfd(self._ring)
         self._loop.add_reader(self._event, self._reap)
 
-    def ask(self, operation: int, place: Any, length: int, offset: int) -> int:
-        number = check(lib.us_uring_ask(self._ring, operation, place, length, offset))
+    def ask(self, request: Request) -> int:
+        _, operation, place, length, offset = request
+        number: int = lib.us_uring_ask(self._ring, operation, place, length, offset)
+        assert number >= 0, "more was asked than has places"
         self._in_flight += 1
         if self._in_flight == 1:
             self._submit()  # nothing to wait together with
@@ -232,10 +233,10 @@ class _Ring:
     def _reap(self) -> None:
         count = check(lib.us_uring_reap(self._ring, self._done))
         self._in_flight -= count
+        ended = self._ended
         for value in ffi.unpack(self._done, count):
             number, error = value >> 32, value & 0xFFFFFFFF
-            moved = lib.us_uring_moved(self._ring, number) if error else 0
-            self._ended(number, error, moved)
+            ended(number, error, lib.us_uring_moved(self._ring, number) if error else 0)
         self._refill()
 
     def close(self) -> None:
@@ -255,9 +256,9 @@ class _Threads:
         self._free = list(range(DEPTH))
         self._pool = ThreadPoolExecutor(THREADS, "userswap-file", initializer=lib.us_place_freely)
 
-    def ask(self, operation: int, place: Any, length: int, offset: int) -> int:
+    def ask(self, request: Request) -> int:
         number = self._free.pop()
-        work = self._pool.submit(self._work, operation, place, length, offset)
+        work = self._pool.submit(self._work, *request[1:])
         work.add_done_callback(
             lambda done: self._loop.call_soon_threadsafe(self._finish, number, done)
         )

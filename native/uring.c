@@ -18,6 +18,7 @@ enum { SQE_ASYNC = 1 << 4 };
 enum { FSYNC_DATASYNC = 1 };
 enum { SETUP_TASKRUN_FLAG = 1 << 9, SETUP_SINGLE_ISSUER = 1 << 12, SETUP_DEFER_TASKRUN = 1 << 13 };
 enum { SQ_TASKRUN = 1 << 2 };
+enum { COMPLETIONS_AN_ENTRY = 16 }; /* at least; Linux 6.14 makes 20, before it all of them */
 enum { FEATURE_SINGLE_MMAP = 1 << 0, FEATURE_NODROP = 1 << 1, FEATURE_RW_CUR_POS = 1 << 3 };
 enum { ENTER_GETEVENTS = 1 };
 enum { REGISTER_EVENTFD = 4 };
@@ -286,8 +287,10 @@ int us_uring_reap(struct us_uring *ring, uint64_t *done) {
     uint64_t signals;
     ssize_t ignored = read(ring->event, &signals, sizeof signals);
     (void)ignored; /* first, so that what completes from here on is signalled again */
-    /* One entry makes no more than some twenty completions; the eventfd tells nothing of those left over, the flag does. */
-    for (bool more = ring->deferred; more; more = atomic_load(ring->sq_flags) & SQ_TASKRUN) {
+    /* An entry makes some twenty completions; the eventfd tells nothing of those left over, a flag does.  Whoever sets it races
+     * with us, so that it may stay behind alone: more entries than there are requests to complete would be in vain. */
+    uint32_t entries = ring->deferred ? ring->depth / COMPLETIONS_AN_ENTRY + 1 : 0;
+    for (uint32_t i = 0; i < entries && (!i || atomic_load(ring->sq_flags) & SQ_TASKRUN); i++) {
         int rc = enter(ring, 0, ENTER_GETEVENTS);
         if (rc < 0 && rc != -EINTR)
             return rc;

@@ -234,7 +234,7 @@ async def test_a_flush_that_fails_is_the_end(
     change = store._transfers.change
 
     def failing(transfer: transfers.Transfer, operation: int, *rest: int) -> None:
-        transfer.failures.append(transfers.Failure(errno.EIO, 0, 0))
+        transfer.failures = [transfers.Failure(errno.EIO, 0, 0)]
         change(transfer, operation, *rest)
 
     monkeypatch.setattr(store._transfers, "change", failing)
