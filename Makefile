@@ -7,7 +7,7 @@ CORE := native/_core.abi3.so
 C_FILES := $(wildcard native/*.[ch] native/cdef/*.h)
 WARNINGS := -std=gnu11 -D_GNU_SOURCE= -O2 -Wall -Wextra -Werror
 
-.PHONY: help build demo test check debug vm bench clean
+.PHONY: help build demo test check debug fuzz vm bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -36,6 +36,9 @@ debug:  ## run the tests with state checks, AddressSanitizer and UndefinedBehavi
 
 vm: build  ## run the loss tests on Debian's kernels in virtual machines (as root; long)
 	$(BIN)/pytest -m vm -s tests/test_vm.py $(ARGS)
+
+fuzz: build  ## feed both ends of NVMe over TCP a million mutated streams; ARGS='--inputs N --seed N'
+	$(BIN)/python tests/nvme_fuzz.py $(ARGS)
 
 bench: build  ## compare with kernel swap (as root)
 	$(BIN)/userswap bench kernel $(ARGS)
