@@ -86,6 +86,7 @@ class Machine:
             self._process.send_signal(how)
             self._process.wait()
             self._process = None
+            Path(self.path).unlink(missing_ok=True)
 
     def url(self, prefix: str = "test", options: str = "") -> str:
         return f"redis://127.0.0.1:{self.port}/0?prefix={prefix}{options}"
