@@ -79,7 +79,7 @@ def test_a_command_at_its_offsets() -> None:
     expected[39] = 1
     expected[40], expected[44], expected[48] = 2, 1, 2
     assert entry == bytes(expected)
-    assert blocks_of(Sqe._make(SQE.unpack(entry)).command) == (0x1_0000_0002, 3)
+    assert blocks_of(Sqe._make(SQE.unpack(entry)).dwords()) == (0x1_0000_0002, 3)
 
 
 def test_get_log_counts_dwords_from_zero() -> None:

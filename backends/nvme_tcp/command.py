@@ -104,6 +104,7 @@ EVENT_NAMESPACES = 1 << 8  # of the asynchronous events: the list of namespaces 
 EVENT_NAMESPACES_RESULT = 0x0004_0002
 """Of the completion: a notice (02h), the namespaces changed (00h), log 04h says which."""
 
+IO_COMMANDS = frozenset(Io)
 _CDW = Struct("<6I")
 
 
@@ -145,6 +146,10 @@ class Sqe(NamedTuple):
     @property
     def command(self) -> Command:
         return Command(self.opcode, self.nsid, self.cdw)
+
+    def dwords(self) -> tuple[int, ...]:
+        """CDW10 to CDW15."""
+        return _CDW.unpack(self.cdw)
 
     @property
     def direction(self) -> int:
@@ -273,9 +278,9 @@ def deallocate(nsid: int, ranges: Sequence[tuple[int, int]]) -> tuple[Command, b
     return Command(Io.DATASET_MANAGEMENT, nsid, _cdw(len(ranges) - 1, 1 << 2)), data
 
 
-def blocks_of(command: Command) -> tuple[int, int]:
+def blocks_of(dwords: tuple[int, ...]) -> tuple[int, int]:
     """First block and number of blocks of a Read, Write or Write Zeroes."""
-    low, high, count, *_ = command.dwords()
+    low, high, count, *_ = dwords
     return low | high << 32, (count & 0xFFFF) + 1
 
 

@@ -327,7 +327,7 @@ class Session:
 
     def _judge(self, sqe: Sqe, data: memoryview) -> Operation | int:
         """An I/O command as an operation, or the status that says why not."""
-        if sqe.opcode not in tuple(Io):
+        if sqe.opcode not in nvme.IO_COMMANDS:
             return Status.INVALID_OPCODE
         controller = self.controller
         assert controller is not None
@@ -340,16 +340,17 @@ class Session:
             return Status.PATH_ERROR if known else Status.INVALID_NAMESPACE
         if kind == Io.FLUSH:
             return Operation(sqe.cid, kind, sqe.nsid)
-        flags = sqe.command.dwords()[2]
+        dwords = sqe.dwords()
+        flags = dwords[2]
         if kind == Io.DATASET_MANAGEMENT:
             number = (sqe.cdw[0] + 1) * nvme.RANGE.size
             if len(data) < number:
                 return Status.SGL_LENGTH_INVALID
             found = nvme.RANGE.iter_unpack(data[:number])
-            wanted = sqe.command.dwords()[1] & DEALLOCATE
+            wanted = dwords[1] & DEALLOCATE
             ranges = tuple((first, count) for _, count, first in found if wanted)
         else:
-            first, count = nvme.blocks_of(sqe.command)
+            first, count = nvme.blocks_of(dwords)
             ranges = ((first, count),)
             size = 0 if kind == Io.WRITE_ZEROES else count * namespace.block_size
             if sqe.length != size:

@@ -22,7 +22,6 @@ from userswap.backends.nvme_tcp.command import (
     FABRICS,
     Admin,
     Cns,
-    Command,
     Connect,
     Fctype,
     Feature,
@@ -121,7 +120,7 @@ class TargetController:
     # --- properties ---
 
     def _property(self, sqe: Sqe) -> Answer:
-        wide, offset, low, high, *_ = Command(0, 0, sqe.cdw).dwords()
+        wide, offset, low, high, *_ = sqe.dwords()
         if sqe.nsid == Fctype.PROPERTY_GET:
             values = {
                 Property.CAP: identify.capabilities(self.identity.entries, READY_TMO),
@@ -153,7 +152,7 @@ class TargetController:
     # --- identity and logs ---
 
     def _identify(self, sqe: Sqe) -> Answer:
-        what = Command(0, 0, sqe.cdw).dwords()[0] & 0xFF
+        what = sqe.dwords()[0] & 0xFF
         namespaces = self.identity.namespaces
         namespace = namespaces.get(sqe.nsid)
         if what == Cns.CONTROLLER:
@@ -171,7 +170,7 @@ class TargetController:
         return _page(sqe, identify.pack_descriptors(namespace.nguid))
 
     def _get_log(self, sqe: Sqe) -> Answer:
-        first, words, low, high, *_ = Command(0, 0, sqe.cdw).dwords()
+        first, words, low, high, *_ = sqe.dwords()
         length = ((first >> 16 | (words & 0xFFFF) << 16) + 1) * 4
         offset = low | high << 32
         if length != sqe.length or offset % 4:
@@ -208,7 +207,7 @@ class TargetController:
     # --- features, events ---
 
     def _set_features(self, sqe: Sqe) -> Answer:
-        feature, value, *_ = Command(0, 0, sqe.cdw).dwords()
+        feature, value, *_ = sqe.dwords()
         match feature & 0xFF:
             case Feature.QUEUES:
                 return self._get_features(sqe)
@@ -228,7 +227,7 @@ class TargetController:
             Feature.KEEP_ALIVE: self.keep_alive_ms,
             Feature.VOLATILE_WRITE_CACHE: int(self.identity.page.volatile_cache),
         }
-        feature = Command(0, 0, sqe.cdw).dwords()[0] & 0xFF
+        feature = sqe.dwords()[0] & 0xFF
         if feature not in values or (sqe.direction == 2 and sqe.length):
             return Answer(sqe.cid, Status.INVALID_FIELD)
         return Answer(sqe.cid, result=values[Feature(feature)])

@@ -37,6 +37,8 @@ SCRATCH_BYTES = 64 * 1024
 """Takes many small PDUs in one receive; copying a page out of it costs less than another one."""
 SCRATCH_LOW = 4096
 """With less room than this what is left over moves to the front; it is part of a header at most."""
+CHECKED_MAX = 32
+"""First eight bytes of PDUs that were found right; a queue's traffic has few different ones."""
 DIRECT_MIN = 1024
 """Of data that is missing, in bytes: from here on a receive of its own beats a copy."""
 
@@ -59,6 +61,7 @@ class Wire(ABC, Generic[Event]):
         self._out: list[Buffer] = []
         self._events: list[Event] = []
         self._possible = frozenset[int]().union(*self.RECEIVES.values())
+        self._checked: dict[tuple[Enum, bytes], tuple[Header, PduType, int]] = {}
         self._known = 0  # bytes of a header at fault that may be quoted, however they were cut
         self._scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._start = self._end = 0  # of what was received into scratch and not yet taken
@@ -230,8 +233,12 @@ class Wire(ABC, Generic[Event]):
         self._known = pdu.COMMON.size
         if available < pdu.COMMON.size:
             return False
-        header = Header._make(pdu.COMMON.unpack_from(self._scratch, self._start))
-        kind, size = self._check_header(header)
+        key = (self.state, bytes(self._scratch[self._start : self._start + pdu.COMMON.size]))
+        if (checked := self._checked.get(key)) is None:
+            checked = self._check_header(Header._make(pdu.COMMON.unpack(key[1])))
+            if len(self._checked) < CHECKED_MAX:
+                self._checked[key] = checked
+        header, kind, size = checked
         hlen = header.hlen
         digested = self.receiving.header_digest and kind not in pdu.WITHOUT_DIGEST
         total = hlen + DIGEST_BYTES if digested else hlen
@@ -258,8 +265,11 @@ class Wire(ABC, Generic[Event]):
             self._crc = 0
         return True
 
-    def _check_header(self, header: Header) -> tuple[PduType, int]:
-        """Of the PDU that begins so: its kind and how much data it has."""
+    def _check_header(self, header: Header) -> tuple[Header, PduType, int]:
+        """Of the PDU that begins so: its kind and how much data it has.
+
+        What is right stays right in a state: forms of PDUs change only with it, and limits grow.
+        """
         at_field = Fatal.HEADER_FIELD
         check(header.kind in self._possible, at_field, pdu.AT_TYPE, "type {}", header.kind)
         kind = PduType(header.kind)
@@ -270,14 +280,14 @@ class Wire(ABC, Generic[Event]):
             size = header.plen - header.hlen
             fits = 0 <= size <= pdu.TERM_DATA_MAX
             check(fits, at_field, pdu.AT_PLEN, "{0.name}: PLEN", kind)
-            return kind, size
+            return header, kind, size
         plain = kind in pdu.WITHOUT_DIGEST
         agreed = pdu.HDGST if self.receiving.header_digest and not plain else 0
         check(header.flags & pdu.HDGST == agreed, at_field, pdu.AT_FLAGS, "{0.name}: HDGSTF", kind)
         least = header.hlen + (DIGEST_BYTES if agreed else 0)
         if header.plen == least or kind not in pdu.WITH_DATA:
             check(header.plen == least, at_field, pdu.AT_PLEN, "{0.name}: PLEN", kind)
-            return kind, 0
+            return header, kind, 0
         agreed = pdu.DDGST if self.receiving.data_digest else 0
         check(header.flags & pdu.DDGST == agreed, at_field, pdu.AT_FLAGS, "{0.name}: DDGSTF", kind)
         aligned = header.pdo >= least and header.pdo % self.receiving.alignment == 0
@@ -286,4 +296,4 @@ class Wire(ABC, Generic[Event]):
         check(size > 0, at_field, pdu.AT_PLEN, "{0.name}: PLEN", kind)
         few = size <= self._data_max(kind)
         check(few, Fatal.LIMIT, pdu.AT_PLEN, "{0.name}: {1} bytes of data", kind, size)
-        return kind, size
+        return header, kind, size
