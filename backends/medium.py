@@ -47,7 +47,16 @@ T = TypeVar("T", Superblock, TablePage)
 
 
 class VolumeError(StoreFailedError):
-    """This medium cannot be used as a volume; the message says why, and what to do."""
+    """This medium cannot be used as a volume; the message says why, and what to do.
+
+    It is the second half of a sentence about the medium, whose URL may well end in a colon.
+    """
+
+    found = ""
+    """What is there, alone: for who has asked before anything was to be written."""
+
+    def __str__(self) -> str:
+        return f"{self.store} {self.args[0]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,5 +248,7 @@ def _foreign(name: str, offset: int, what: str, *, lost: bool) -> VolumeError:
     else:
         found = f"holds something else (at {format_size(offset)})"
     remedy = "`userswap store format --force` takes it, and loses what is there"
-    message = f"is no volume and not blank: it {found}. Nothing was written; {remedy}"
-    return VolumeError(message, store=name)
+    found = f"is no volume and not blank: it {found}"
+    error = VolumeError(f"{found}. Nothing was written; {remedy}", store=name)
+    error.found = found
+    return error

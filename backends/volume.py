@@ -207,7 +207,7 @@ class Volume:
         self._check_open()
         entry = self._entries.get(extent.uuid)
         if entry is None or entry.state is not _State.STALE:
-            raise VolumeError(f"extent {extent.uuid} is not stale", store=self.name)
+            raise VolumeError(f"has no stale extent {extent.uuid}", store=self.name)
         await self._remove(entry)
 
     async def aclose(self) -> None:

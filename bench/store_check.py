@@ -19,6 +19,7 @@ from uuid import UUID
 
 from userswap.backends import registry
 from userswap.backends.conformance import CHECKS, Check, perform
+from userswap.backends.grammar import GrammarError
 from userswap.backends.harness import PAGES, Harness, NotApplicableError
 from userswap.backends.store import PAGE_SIZE, Geometry, Store, StoreError
 from userswap.backends.volume import examine, open_volume
@@ -109,6 +110,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     chosen = [check for check in CHECKS if (arguments.only or "") in _title(check)]
+    if not chosen:  # nothing was looked at, so nothing was found good
+        raise GrammarError(f"--only {arguments.only}: no check has that in its name")
     outcomes = asyncio.run(_check(arguments.url, chosen, arguments.seed, arguments.json))
     failed = sum(outcome.result == "failed" for outcome in outcomes)
     if arguments.json:

@@ -67,7 +67,7 @@ async def _held(store: Store, url: str) -> tuple[str, bool]:
     try:
         contents = await examine(store, name=url)
     except VolumeError as error:
-        return str(error.args[0]), False
+        return error.found or str(error.args[0]), False
     if contents is None:
         return "is blank", True
     size = format_size(sum(extent.pages for extent in contents.extents) * store.page_size)

@@ -125,7 +125,7 @@ def test_a_blank_or_foreign_medium_is_said_and_left_alone(
         store_command(command, "disk:theirs", code=1)
         captured = capsys.readouterr()
         assert captured.err.count("\n") == 1
-        assert "is no volume and not blank" in captured.err
+        assert "userswap: disk:theirs is no volume and not blank" in captured.err
     store_command("explain", "disk:theirs")
     assert "refused: is no volume and not blank" in capsys.readouterr().out
     store_command("format", "disk:theirs", code=1)
@@ -134,6 +134,15 @@ def test_a_blank_or_foreign_medium_is_said_and_left_alone(
     store_command("list", "disk:blank", code=1)
     assert "is blank" in capsys.readouterr().err
     assert Disk.pages["blank"] == {}
+    store_command("format", "--force", "disk:theirs")
+    forced = capsys.readouterr().out
+    assert "taken by force" in forced
+    assert "Nothing was written" not in forced
+
+
+def test_a_check_of_nothing_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    store_command("check", "--only", "nosuchcheck", "memory:", code=2)
+    assert "--only nosuchcheck: no check has that in its name" in capsys.readouterr().err
 
 
 def test_a_medium_under_a_filter_is_taken_by_force_alone(

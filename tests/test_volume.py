@@ -154,9 +154,9 @@ async def test_stale_extents_are_kept_until_their_room_is_needed(seed: int) -> N
     assert await read(volume.store, volume.stale[0].base + 5) == noise
     await volume.reclaim(volume.stale[0])
     assert volume.stale == []
-    with pytest.raises(VolumeError, match="not stale"):
+    with pytest.raises(VolumeError, match="no stale extent"):
         await volume.reclaim(old[0])
-    with pytest.raises(VolumeError, match="not stale"):
+    with pytest.raises(VolumeError, match="no stale extent"):
         await volume.reclaim(new)
 
 
