@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from array import array
 from typing import Any
@@ -125,6 +126,7 @@ def _as_json(result: Any) -> dict[str, Any]:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the benchmark speaks of a Ctrl-C, once
     toucher = Toucher()
     for line in sys.stdin:
         command = json.loads(line)
