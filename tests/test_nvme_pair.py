@@ -307,11 +307,27 @@ def test_who_may_not_connect_is_told_why() -> None:
 
 
 def test_connections_are_bounded() -> None:
-    world = World(rules=Rules(unconnected=3))
-    for _ in range(3):
-        world.target.accept(0.0)
+    world = World(rules=Rules(connections=2))
+    world.ready()
+    _, link = world.ready()
     with pytest.raises(RefusedError):
         world.target.accept(0.0)
+    link.session.eof_received(0.0)
+    world.ready()
+
+
+def test_silent_connections_keep_nobody_out() -> None:
+    world = World(rules=Rules(unconnected=3))
+    queue, link = world.queue()
+    first = world.target.accept(0.0)
+    for number in range(1000):
+        world.target.accept(0.0).receive_data(bytes([0, 0, 128, 0])[: number % 5], 0.0)
+    assert first.over
+    assert first in world.target.touched
+    assert len(world.target.sessions) == 5
+    world.ready()
+    queue.submit(nvme.flush(1), 0.0)
+    assert link.run() == [Completed(1, 0, 0)]
 
 
 def test_a_namespace_that_is_not_there() -> None:

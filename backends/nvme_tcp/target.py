@@ -88,8 +88,9 @@ class Target:
         self.sessions: set[Session] = set()
         self.controllers: dict[int, TargetController] = {}
         self.touched: set[Session] = set()
-        """which have something to send, or to be closed, without having received anything"""
-        self._number = 0
+        """which have something to send, or to be closed, unasked; the shell looks and empties it"""
+        self._number = 0  # of the controller that came last
+        self._accepted = 0
         page = identify.Controller(
             serial=serial,
             model="userswap",
@@ -115,11 +116,18 @@ class Target:
         self._pages = {nqn: page, identify.DISCOVERY_NQN: discovery}
 
     def accept(self, now: float) -> Session:
-        """A host has connected."""
-        unconnected = sum(session.controller is None for session in self.sessions)
-        if len(self.sessions) >= self.rules.connections or unconnected >= self.rules.unconnected:
-            raise RefusedError(f"{len(self.sessions)} connections, {unconnected} of nobody")
-        session = Session(self, now)
+        """Somebody has connected.
+
+        Where too many do not say who they are, the one that has been silent longest has to go:
+        refusing the newcomer would let silence keep hosts out.
+        """
+        unconnected = [session for session in self.sessions if session.controller is None]
+        if len(unconnected) >= self.rules.unconnected:
+            min(unconnected, key=lambda session: session.number).close("others wait")
+        if len(self.sessions) >= self.rules.connections:
+            raise RefusedError(f"there are {len(self.sessions)} connections")
+        self._accepted += 1
+        session = Session(self, self._accepted, now)
         self.sessions.add(session)
         return session
 
@@ -211,8 +219,9 @@ class Target:
 class Session:
     """One connection: what is received goes to the target, operations come out."""
 
-    def __init__(self, target: Target, now: float) -> None:
+    def __init__(self, target: Target, number: int, now: float) -> None:
         self.target = target
+        self.number = number
         self.queue = TargetQueue(target.rules.limits)
         self.controller: TargetController | None = None
         self._deadline = now + target.rules.connect_tmo
