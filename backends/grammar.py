@@ -66,7 +66,7 @@ class GrammarError(ValueError):
     def __str__(self) -> str:
         if self.position is None:
             return _printable(self.message)
-        place = f"character {self.position + 1} of '{self.text}'"
+        place = f"character {self.position + 1} of '{without_password(self.text)}'"
         return _printable(f"{self.message} ({place})")
 
     def pointer(self) -> str:
@@ -74,6 +74,11 @@ class GrammarError(ValueError):
         if self.position is None:
             return ""
         return f"{_printable(self.text)}\n{' ' * self.position}^"
+
+
+def without_password(url: str) -> str:
+    """A URL as messages may show it, whatever it has after the user's name."""
+    return re.sub(r"(//[^/@:\s]*):[^/@\s]*@", r"\1:***@", url)
 
 
 def _printable(text: str) -> str:

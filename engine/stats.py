@@ -90,7 +90,8 @@ class RegionStats:
 
     @property
     def ratio(self) -> float:
-        """Bytes of the pages in the pool over the bytes they take there; 0.0 without any."""
+        """Bytes of the pages in the pool over the bytes they take there; 0.0 without any,
+        as where the store is not a `ram:` that the fault server serves."""
         stored = (self.pool_pages + self.pool_same_filled) * 4096
         return stored / self.pool_object_bytes if self.pool_object_bytes else 0.0
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from userswap.backends import registry
-from userswap.backends.grammar import GrammarError, unknown_name
+from userswap.backends.grammar import GrammarError, unknown_name, without_password
 from userswap.backends.store import Geometry, NativePool, Store, StoreError
 from userswap.backends.volume import Extent, Volume, open_volume
 from userswap.engine.errors import ConfigError, UserswapError
@@ -151,4 +151,4 @@ async def _open_store(url: str) -> Store:
 
 
 def _label(store: str) -> str:
-    return "object" if store.startswith(OBJECT_PREFIX) else store
+    return "object" if store.startswith(OBJECT_PREFIX) else without_password(store)

@@ -19,6 +19,7 @@ from userswap.backends.grammar import (
     parse_duration,
     parse_size,
     parse_store_url,
+    without_password,
 )
 
 MIB = 1024**2
@@ -372,3 +373,11 @@ def test_an_option_that_nobody_reads_is_refused() -> None:
     error = refusal(reader.finish)
     assert "ram: unknown option 'limt'; did you mean 'limit'?" in str(error)
     assert error.position == 16
+
+
+def test_no_message_shows_a_password() -> None:
+    spec = parse_store_url("redis://me:secret@host:1/0?prefix=a")
+    message = str(spec.store.error("does not belong here"))
+    assert "secret" not in message
+    assert "redis://me:***@host:1/0?prefix=a" in message
+    assert without_password("file:/a:b@c") == "file:/a:b@c"
