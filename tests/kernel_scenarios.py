@@ -116,6 +116,19 @@ def read_directly(*, seed: int, store: str, path: str, folder: str, turns: int) 
         print(stats.refused_pages, "refused")
 
 
+def pin(region: Region, start: int, length: int) -> Ring:
+    """Register memory with io_uring. Linux 6.1 cannot wait for pages there: they must be in, and
+    writable, before it looks."""
+    for _ in range(200):
+        try:
+            return Ring(address_of(region) + start, length)
+        except OSError as error:
+            expect(error.errno == errno.EFAULT, str(error))
+        for offset in range(start + 8, start + length, PAGE):
+            region.memory[offset] = region.memory[offset]
+    raise TimeoutError("the memory cannot be registered")
+
+
 def keep_pinned_pages(*, seed: int, store: str, path: str, folder: str) -> None:
     """The mover refuses pages that io_uring has registered: both go on using the same memory."""
     file = Path(folder, "data")
@@ -125,7 +138,7 @@ def keep_pinned_pages(*, seed: int, store: str, path: str, folder: str) -> None:
         fill(region)
         base, first = address_of(region), stored_pages(region)[0]
         start, length = first * PAGE, 16 * PAGE
-        ring = Ring(base + start, length)
+        ring = pin(region, start, length)
         fd = os.open(file, os.O_RDONLY)
         for turn in range(4):
             sweep(region, first + 16)
