@@ -113,7 +113,7 @@ def test_regions_of_one_process_agree() -> None:
 first = userswap.Region("4MiB", resident="2MiB", on_pager_death="block")
 for other in ({"fault_path": "asyncio"}, {}, {"user_mode_only": True}, {"placement": "other"}):
     name = next(iter(other), "on_pager_death")
-    refuse(Config, f"{name}=", "share one pager", "close them first",
+    refuse(Config, f"{name}=", "share a pager", "close them first",
            **{"on_pager_death": "block" if other else "abort", **other})
 same = userswap.Region("4MiB", resident="2MiB", on_pager_death="block")
 first.close(); same.close()

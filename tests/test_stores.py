@@ -100,7 +100,7 @@ async def test_compressed_ram_says_what_the_fault_server_needs() -> None:
     ("url", "message"),
     [
         ("rma:lz4", "did you mean 'ram'"),
-        ("disk:", "there are: .*memory, "),
+        ("qq:", "there are: .*memory, "),
         ("ram:lz5", "did you mean 'lz4'"),
         ("ram:lz4?level=2", "unknown option 'level'"),
         ("ram:zstd?level=99", "from -50 to 22"),
