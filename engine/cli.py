@@ -40,6 +40,8 @@ examples:
   userswap bench kernel --json > result.json
   userswap store list                    the stores and filters that there are
   userswap store explain checksum::file:/var/lib/swap
+  userswap serve --socket /run/u.sock --resident 4GiB --store fast=ram:lz4
+  userswap stat                          the pagers of this user, their clients and regions
   userswap COMMAND --help                all options of one command, with examples
 
 exit codes: 0 good; 1 what was checked is bad; 2 usage; 3 this machine cannot, or
