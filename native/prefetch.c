@@ -8,16 +8,20 @@ uint64_t us_next_ticket(struct us_client *client) {
     return atomic_fetch_add(&client->ticket, 1) % (US_HANDLE_SAME - 1) + 1;
 }
 
-/* Ask the asyncio loop for a run of stored pages that nobody waits for. */
-void us_await_ahead(struct us_region *region, uint32_t first, uint32_t count, uint64_t now) {
+/* Ask the asyncio loop for a run of stored pages that nobody waits for; false when there is no room for all of it. */
+bool us_await_ahead(struct us_region *region, uint32_t first, uint32_t count, uint64_t now) {
     struct us_client *client = region->client;
     struct us_miss miss = {.region = region, .ticket = us_next_ticket(client), .time_ns = now, .first = first, .ahead = 1};
+    bool room = true;
     if (count > US_RUN_MAX)
         count = US_RUN_MAX;
     while (miss.count < count && first + miss.count < region->pages) {
         us_word *word = us_word_peek(region, first + miss.count);
         uint64_t seen = word ? atomic_load(word) : US_ZERO;
-        if (us_state_of(seen) != US_STORED || (seen & US_BUSY) || !us_reserve_ahead(region))
+        if (us_state_of(seen) != US_STORED || (seen & US_BUSY))
+            break;
+        room = us_reserve_ahead(region);
+        if (!room)
             break;
         uint64_t filling = us_with_handle(us_with_state(seen, US_FILLING), miss.ticket) | US_BUSY | US_AHEAD;
         if (!us_word_swap(word, &seen, filling)) {
@@ -27,10 +31,11 @@ void us_await_ahead(struct us_region *region, uint32_t first, uint32_t count, ui
         miss.count++;
     }
     if (!miss.count)
-        return;
+        return room;
     us_count(&region->count.ahead, miss.count);
     if (us_put_miss(client, &miss))
         us_discard_end(region, miss.first, us_fill_failed(region, &miss, 0));
+    return room;
 }
 
 /* One page that nobody waits for; false when there is no room. */
@@ -39,10 +44,8 @@ static bool read_one(struct us_region *region, uint32_t index, bool write, bool 
     uint64_t seen = word ? atomic_load(word) : US_ZERO;
     if (us_state_of(seen) != US_STORED || (seen & US_BUSY))
         return true;
-    if (!region->pool) {
-        us_await_ahead(region, index, 1, now);
-        return true;
-    }
+    if (!region->pool)
+        return us_await_ahead(region, index, 1, now);
     if (!us_reserve_ahead(region))
         return false;
     us_fill_native(region, index, seen, 0, write, keep);
