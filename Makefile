@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORE := native/_core.abi3.so
 C_FILES := $(wildcard native/*.[ch] native/cdef/*.h)
+# Tests wait more than they compute; ARGS=-n0 runs them one after the other.
+WORKERS := 4
 WARNINGS := -std=gnu11 -D_GNU_SOURCE= -O2 -Wall -Wextra -Werror
 
 .PHONY: help build demo test check debug fuzz vm bench clean
@@ -19,7 +21,7 @@ demo: build  ## show it at work: real data paged in and out, and checked
 	$(BIN)/userswap demo $(ARGS)
 
 test: build  ## run the tests; as an ordinary user the privileged ones are skipped
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: build  ## lint, format, types, floors and the C compiler's warnings
 	$(BIN)/ruff check
