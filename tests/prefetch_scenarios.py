@@ -48,7 +48,7 @@ class Held(MemoryStore):
         self._held = held
 
     async def write(self, runs: Sequence[Run]) -> None:
-        while self._held.exists():
+        while self._held.exists():  # noqa: ASYNC110 - another process makes and removes it
             await asyncio.sleep(0.01)
         await super().write(runs)
 
