@@ -37,6 +37,8 @@ _CHECKSUM = slice(16, 32)
 _RECORD = struct.Struct("<16sQQQ88s")
 _HEADER_BYTES = _RECORD.size
 NAME_BYTES = 88
+KEPT = "nqn."
+"""What the names of extents begin with that are exported, each by its subsystem's NQN."""
 
 _SIGNATURES = (
     (0, b"LUKS\xba\xbe", "an encrypted LUKS device"),
@@ -74,6 +76,11 @@ class Extent:
     uuid: UUID
     created: int
     """Seconds since 1970."""
+
+    @property
+    def kept(self) -> bool:
+        """Its content is waited for: it makes room for nobody while it is stale."""
+        return self.name.startswith(KEPT)
 
     def pack(self) -> bytes:
         name = self.name.encode()

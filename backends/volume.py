@@ -27,7 +27,8 @@ Cost: an operation rewrites one page, whatever the number of extents; operations
 write is under way share the next one.
 
 Extents that the table lists when a volume is opened were left by a pager that was killed. They are
-`stale`: kept, until one is reclaimed on demand or its room is needed.
+`stale`: kept, until one is reclaimed on demand or its room is needed. Those of exported namespaces
+are stale whenever nobody exports them; their room is never needed.
 """
 
 from __future__ import annotations
@@ -194,6 +195,14 @@ class Volume:
             raise
         return extent
 
+    def adopt(self, name: str) -> Extent | None:
+        """The oldest stale extent of that name, if there is one: in use again, as it is."""
+        for extent in self.stale:
+            if extent.name == name:
+                self._entries[extent.uuid].state = _State.LIVE
+                return extent
+        return None
+
     async def release(self, extent: Extent) -> None:
         """Discard an extent, and forget it for good. When this fails the extent is stale; then it
         may be tried again."""
@@ -256,7 +265,11 @@ class Volume:
         anything."""
         self._check_open()
         kept = {_State.LIVE} if reclaim else {_State.LIVE, _State.STALE}
-        held = [entry for entry in self._entries.values() if entry.state in kept]
+        held = [
+            entry
+            for entry in self._entries.values()
+            if entry.state in kept or (entry.state is _State.STALE and entry.extent.kept)
+        ]
         in_use = Ranges()
         for entry in held:
             in_use.add(entry.extent.base, entry.extent.pages)
@@ -271,7 +284,7 @@ class Volume:
                 f"use, and at most {most} are free in one piece"
             )
             raise StoreFullError(message, store=self.name)
-        stale = self.stale if reclaim else []
+        stale = [extent for extent in self.stale if not extent.kept] if reclaim else []
         if len(held) + len(stale) < len(self._entries):
             self._removed.clear()
             await self._removed.wait()

@@ -41,6 +41,7 @@ examples:
   userswap store list                    the stores and filters that there are
   userswap store explain checksum::file:/var/lib/swap
   userswap serve --socket /run/u.sock --resident 4GiB --store fast=ram:lz4
+  userswap nvme export --store ram:lz4 --size 4GiB
   userswap stat                          the pagers of this user, their clients and regions
   userswap COMMAND --help                all options of one command, with examples
 
@@ -81,9 +82,13 @@ STORE_COMMANDS = (
     Command("bench", "userswap.bench.store_bench", "measure a store alone"),
     Command("format", "userswap.engine.store_format", "make an empty volume of a medium"),
 )
+NVME_COMMANDS = (
+    Command("export", "userswap.engine.nvme_export", "let other machines page to a store of ours"),
+)
 GROUPS = {
     "bench": ("BENCH", "measure userswap against what it replaces", BENCHES),
     "store": ("WHAT", "look at, check, measure and format stores", STORE_COMMANDS),
+    "nvme": ("WHAT", "stores of other machines, over NVMe/TCP", NVME_COMMANDS),
 }
 
 

@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "List the stores and filters that there are, also those that need a package which is not "
         "installed. With a URL: the extents of the volume on that medium. A volume that no pager "
         "has open has only stale ones: their pager was killed. They are kept until their room is "
-        "needed, or --reclaim is given. A medium that is not a volume is left as it is."
+        "needed, or --reclaim is given. What was exported is kept until --forget names it. A "
+        "medium that is not a volume is left as it is."
     )
     parser.epilog = (
         "examples:\n"
@@ -56,13 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("url", nargs="?", metavar="URL", help="a store, as Region takes it")
     parser.add_argument("--reclaim", action="store_true", help="discard the stale extents")
+    parser.add_argument("--forget", metavar="NAME", help="discard what was exported as NAME")
 
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.url is None:
         print(_layers_as_json() if arguments.json else _layers_as_text())
     else:
-        print(asyncio.run(_volume(arguments.url, arguments.reclaim, arguments.json)))
+        print(asyncio.run(_volume(arguments)))
     return 0
 
 
@@ -121,17 +123,24 @@ def _layers_as_text() -> str:
 # --- a volume ---
 
 
-async def _volume(url: str, reclaim: bool, as_json: bool) -> str:
+async def _volume(arguments: argparse.Namespace) -> str:
+    url = arguments.url
     store = await registry.open_stack(url, Geometry())
     try:
         contents = await examine(store, name=url)
         if contents is None:
             raise VolumeError("is blank: no volume has been made on it yet", store=url)
         volume = await open_volume(store, name=url)
-        reclaimed = volume.stale if reclaim else []
+        reclaimed = [
+            extent
+            for extent in volume.stale
+            if (extent.name == arguments.forget if extent.kept else arguments.reclaim)
+        ]
+        if arguments.forget and all(extent.name != arguments.forget for extent in reclaimed):
+            raise VolumeError(f"has nothing that was exported as {arguments.forget}", store=url)
         for extent in reclaimed:
             await volume.reclaim(extent)
-        if as_json:
+        if arguments.json:
             return json.dumps(_as_json(url, volume, reclaimed), indent=2)
         return _as_text(volume, reclaimed)
     finally:
@@ -155,6 +164,7 @@ def _as_json(url: str, volume: Volume, reclaimed: list[Extent]) -> dict[str, Any
                 "pages": extent.pages,
                 "created": extent.created,
                 "stale": extent in stale,
+                "kept": extent.kept,
             }
             for extent in volume.extents
         ],
@@ -178,6 +188,8 @@ def _as_text(volume: Volume, reclaimed: list[Extent]) -> str:
     for extent in extents:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(extent.created))
         size = format_size(extent.pages * page)
-        state = "stale" if extent in stale else "in use"
+        state = "in use"
+        if extent in stale:
+            state = "kept" if extent.kept else "stale"
         lines.append(f"{extent.name:{names}}  {size:>9}  {extent.base:>12}  {since}  {state}")
     return "\n".join(lines)

@@ -116,7 +116,7 @@ class Stores:
         for key in ((0, url), (client, url)):
             if key in self._open:
                 return key, self._open[key]
-        store = await _open_store(url)
+        store = await open_store(url)
         volume = None
         if store.native is None:
             try:
@@ -141,7 +141,8 @@ class Stores:
                 log.warning("store %s: %s", _label(key[1]), error)
 
 
-async def _open_store(url: str) -> Store:
+async def open_store(url: str) -> Store:
+    """Open a stack as large as it can be; somebody else's on a thread of its own."""
     if url.startswith(OBJECT_PREFIX):
         return await open_isolated("object", lambda: unpickled(url))
     foreign = registry.foreign_layers(registry.parse(url))

@@ -35,7 +35,7 @@ class Rules:
 
     hosts: frozenset[str] | None = None
     """NQNs of those that may connect; None: all"""
-    connections: int = 256
+    connections: int = 128
     unconnected: int = 64
     """connections that do not belong to a controller (yet)"""
     controllers_per_host: int = 4
@@ -115,8 +115,8 @@ class Target:
         )
         self._pages = {nqn: page, identify.DISCOVERY_NQN: discovery}
 
-    def accept(self, now: float) -> Session:
-        """Somebody has connected.
+    def accept(self, now: float, reached: tuple[str, str] | None = None) -> Session:
+        """Somebody has connected, to the address `reached`; None: to one of `listens`.
 
         Where too many do not say who they are, the one that has been silent longest has to go:
         refusing the newcomer would let silence keep hosts out.
@@ -127,7 +127,7 @@ class Target:
         if len(self.sessions) >= self.rules.connections:
             raise RefusedError(f"there are {len(self.sessions)} connections")
         self._accepted += 1
-        session = Session(self, self._accepted, now)
+        session = Session(self, self._accepted, now, reached)
         self.sessions.add(session)
         return session
 
@@ -145,19 +145,32 @@ class Target:
 
     # --- for sessions ---
 
-    def identity(self, nqn: str) -> Identity:
+    def identity(self, nqn: str, reached: tuple[str, str] | None = None) -> Identity:
+        log = self._log([reached] if reached else self.listens)
         return Identity(
             page=self._pages[nqn],
             namespaces=self.namespaces,
-            discovery=self._log if nqn == identify.DISCOVERY_NQN else None,
+            discovery=(lambda: log) if nqn == identify.DISCOVERY_NQN else None,
             entries=self.rules.entries,
             queues=self.rules.queues,
         )
 
-    def _log(self) -> bytes:
-        return identify.pack_log(1, [identify.Entry(self.nqn, *listen) for listen in self.listens])
+    def _log(self, listens: Sequence[tuple[str, str]]) -> bytes:
+        """Who listens everywhere is known to a host by the address that it came to."""
+        entries = [
+            identify.Entry(
+                self.nqn,
+                address,
+                service,
+                family=identify.IPV6 if ":" in address else identify.IPV4,
+            )
+            for address, service in listens
+        ]
+        return identify.pack_log(1, entries)
 
-    def admit(self, connect: Connect, now: float) -> TargetController | tuple[int, int]:
+    def admit(
+        self, connect: Connect, now: float, reached: tuple[str, str] | None
+    ) -> TargetController | tuple[int, int]:
         """The controller that this connection belongs to, or status and result of a refusal."""
         rules = self.rules
         if connect.subsystem not in self._pages:
@@ -176,7 +189,8 @@ class Target:
         self._number = self._number % 0xFFEF + 1
         while self._number in self.controllers:
             self._number = self._number % 0xFFEF + 1
-        controller = TargetController(self._number, connect, self.identity(connect.subsystem), now)
+        identity = self.identity(connect.subsystem, reached)
+        controller = TargetController(self._number, connect, identity, now)
         self.controllers[controller.number] = controller
         return controller
 
@@ -219,8 +233,11 @@ class Target:
 class Session:
     """One connection: what is received goes to the target, operations come out."""
 
-    def __init__(self, target: Target, number: int, now: float) -> None:
+    def __init__(
+        self, target: Target, number: int, now: float, reached: tuple[str, str] | None
+    ) -> None:
         self.target = target
+        self.reached = reached
         self.number = number
         self.queue = TargetQueue(target.rules.limits)
         self.controller: TargetController | None = None
@@ -327,7 +344,7 @@ class Session:
             connect = Connect.parse(sqe.command, event.data)
         except (StructError, ValueError):
             return Answer(sqe.cid, Status.CONNECT_INVALID, AT_SUBSYSTEM)
-        admitted = self.target.admit(connect, now)
+        admitted = self.target.admit(connect, now, self.reached)
         if isinstance(admitted, tuple):
             return Answer(sqe.cid, *admitted)
         self.controller = admitted

@@ -69,7 +69,7 @@ class Limits:
     transfer: int = 1024 * 1024
     """bytes of data of one command"""
     maxh2cdata: int = 128 * 1024
-    asked: int = 4 * 1024 * 1024
+    asked: int = 1024 * 1024
     """bytes of data that were asked for and are not answered for yet"""
 
 

@@ -1,0 +1,153 @@
+"""A host over real sockets that does one thing at a time: the protocol's own machines, blocking."""
+
+from __future__ import annotations
+
+import socket
+import time
+from types import TracebackType
+from typing import Self
+
+from nvme import HOST, HOST_ID, SUBSYSTEM
+from userswap.backends.nvme_tcp import command as nvme
+from userswap.backends.nvme_tcp import controller as host
+from userswap.backends.nvme_tcp.command import Command
+from userswap.backends.nvme_tcp.pdu import Buffer
+from userswap.backends.nvme_tcp.qpair import Completed, Connected, Options, QueuePair, Terminated
+
+PATIENCE_S = 30.0
+Address = tuple[str, int]
+
+
+class EndedError(Exception):
+    """The connection ended; the message says why."""
+
+
+class Wire:
+    """A socket and one end's machine."""
+
+    def __init__(self, address: Address, end: host.Controller | QueuePair) -> None:
+        self.end = end
+        self.socket = socket.create_connection(address, PATIENCE_S)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def send(self) -> None:
+        data = b"".join(map(bytes, self.end.data_to_send()))
+        if data:
+            self.socket.sendall(data)
+
+    def receive(self) -> list[object]:
+        """Wait for bytes, and say what follows from them."""
+        count = self.socket.recv_into(self.end.get_buffer())
+        now = time.monotonic()
+        if not count:
+            return list(self.end.eof_received())
+        return list(self.end.buffer_updated(count, now))
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class Host:
+    """A controller that is up, with one I/O queue."""
+
+    def __init__(
+        self,
+        address: Address,
+        *,
+        subsystem: str = SUBSYSTEM,
+        name: str = HOST,
+        entries: int = 32,
+        keep_alive: float = 0.0,
+        options: Options | None = None,
+    ) -> None:
+        settings = host.Settings(
+            subsystem=subsystem,
+            host=name,
+            host_id=HOST_ID,
+            entries=entries,
+            keep_alive_tmo=keep_alive,
+            options=options or Options(),
+        )
+        self.address = address
+        self.controller = host.Controller(settings, time.monotonic())
+        self.admin = Wire(address, self.controller)
+        self.found = self._await(self.admin, host.Ready, host.Discovered)
+        self.queues: list[Wire] = []
+        if isinstance(self.found, host.Ready):
+            self.add_queue()
+
+    def add_queue(self) -> Wire:
+        queue = self.controller.io_queue(len(self.queues) + 1, time.monotonic())
+        self.queues.append(Wire(self.address, queue))
+        self._await(self.queues[-1], Connected)
+        return self.queues[-1]
+
+    def _await(self, wire: Wire, *kinds: type) -> object:
+        wire.send()
+        while True:
+            for event in wire.receive():
+                if isinstance(event, Terminated):
+                    wire.close()
+                    raise EndedError(str(event.error))
+                if isinstance(event, kinds):
+                    return event
+            wire.send()
+
+    def submit(
+        self,
+        command: Command,
+        data: Buffer | None = None,
+        into: memoryview | None = None,
+        at: int = 0,
+    ) -> int:
+        queue = self.queues[at].end
+        assert isinstance(queue, QueuePair)
+        cid = queue.submit(command, time.monotonic(), data=data, into=into)
+        self.queues[at].send()
+        return cid
+
+    def finish(self, count: int = 1, at: int = 0) -> dict[int, int]:
+        """Wait for completions: status by CID."""
+        done: dict[int, int] = {}
+        wire = self.queues[at]
+        while len(done) < count:
+            for event in wire.receive():
+                if isinstance(event, Terminated):
+                    raise EndedError(str(event.error))
+                if isinstance(event, Completed):
+                    done[event.cid] = event.status
+            wire.send()
+        return done
+
+    def do(
+        self, command: Command, data: Buffer | None = None, into: memoryview | None = None
+    ) -> int:
+        """The status of one command."""
+        self.submit(command, data, into)
+        (status,) = self.finish().values()
+        return status
+
+    def read(self, first: int, count: int = 1, *, block: int = 4096) -> bytes:
+        buffer = bytearray(b"\xaa" * (count * block))
+        status = self.do(nvme.read(1, first, count), into=memoryview(buffer))
+        assert status == 0, nvme.status_name(status)
+        return bytes(buffer)
+
+    def write(self, first: int, data: bytes, *, block: int = 4096, fua: bool = False) -> None:
+        status = self.do(nvme.write(1, first, len(data) // block, fua=fua), data)
+        assert status == 0, nvme.status_name(status)
+
+    def close(self) -> None:
+        for wire in (*self.queues, self.admin):
+            wire.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
