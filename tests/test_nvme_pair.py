@@ -344,11 +344,34 @@ def test_all_connections_of_a_controller_end_together() -> None:
     link = world.link(queue)
     link.run()
     other, _ = world.ready()
-    link.session.eof_received(0.0)
+    link.session.receive_data(bytes(128), 0.0)  # a second ICReq
     assert admin.session.over
     assert admin.session in world.target.touched
     assert [session.over for session in world.target.sessions] == [False]
     assert other.queue.error is None
+
+
+def test_a_host_may_close_its_queues_before_it_leaves_the_controller() -> None:
+    world = World()
+    controller, admin = world.ready()
+    link = world.link(controller.io_queue(1, 0.0))
+    link.run()
+    assert len(world.target.sessions) == 2
+    assert link.session.eof_received(0.0)
+    assert world.target.sessions == {admin.session}
+    link = world.link(controller.io_queue(1, 0.0))
+    assert len(link.run()) == 1  # the queue can be connected again
+    link.session.eof_received(0.0)
+    controller.shutdown(0.0)
+    assert [type(event).__name__ for event in admin.run()] == ["ShutDown"]
+    admin.session.eof_received(0.0)
+    assert (world.target.sessions, world.target.controllers) == (set(), {})
+
+
+def test_identify_tells_which_controller_it_is() -> None:
+    world = World()
+    numbers = [world.ready()[0].ready for _ in range(3)]
+    assert [ready and ready.controller.controller for ready in numbers] == [1, 2, 3]
 
 
 def test_errors_of_the_medium_reach_the_host() -> None:

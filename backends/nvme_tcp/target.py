@@ -1,7 +1,7 @@
 """A target: one subsystem with namespaces, and discovery, for several hosts at once.
 
 Responsible for: which host may connect which queue; which controller a connection belongs to, and
-that all its connections end together; limits; judging I/O commands, which become operations for
+that all its connections end with it; limits; judging I/O commands, which become operations for
 the shell to carry out.
 Invariants:
  1. An operation's blocks exist and its data has just their size.
@@ -214,7 +214,7 @@ class Target:
         return controller
 
     def ended(self, session: Session, why: str) -> None:
-        """A connection is over, and with it all connections of its controller."""
+        """A connection is over, and with it its controller and all connections of that."""
         self.sessions.discard(session)
         controller, session.controller = session.controller, None
         if controller is None or self.controllers.pop(controller.number, None) is None:
@@ -254,6 +254,13 @@ class Session:
         return self._digest(self.queue.receive_data(data, now), now)
 
     def eof_received(self, now: float) -> list[Event]:
+        """The host sends nothing more, or the connection broke.
+
+        An I/O queue goes alone: when Linux's host resets or leaves a controller, it closes these
+        first, and waits for a minute if it then finds the admin queue closed.
+        """
+        if self.queue.queue and not self.over:
+            self.controller = None
         return self._digest(self.queue.eof_received(), now)
 
     def data_to_send(self) -> list[Buffer]:

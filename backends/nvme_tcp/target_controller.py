@@ -9,7 +9,7 @@ Must not know: connections, how data travels, what namespaces are made of.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from struct import pack_into
 
 from userswap.backends.nvme_tcp import identify
@@ -156,7 +156,8 @@ class TargetController:
         namespaces = self.identity.namespaces
         namespace = namespaces.get(sqe.nsid)
         if what == Cns.CONTROLLER:
-            return _page(sqe, self.identity.page.pack())
+            # Linux's host leaves a controller that is another one than it was connected to.
+            return _page(sqe, replace(self.identity.page, controller=self.number).pack())
         if self.identity.discovery or what not in tuple(Cns)[:4]:
             return Answer(sqe.cid, Status.INVALID_FIELD)
         if what == Cns.ACTIVE_NAMESPACES:
