@@ -35,6 +35,7 @@ _OWN_STORES = {
     "lmdb": "userswap.backends.lmdb:open_store",
     "memory": "userswap.backends.memory:open_store",
     "null": "userswap.backends.null:open_store",
+    "nvme+tcp": "userswap.backends.nvme_tcp.store:open_store",
     "ram": "userswap.backends.ram:open_store",
     "redis": "userswap.backends.redis:open_store",
 }

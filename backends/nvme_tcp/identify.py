@@ -116,11 +116,13 @@ class Namespace:
     """bytes with each block"""
     zeroing: bool = True
     """blocks that were deallocated read as zeros, and Write Zeroes can deallocate"""
+    zeros: bool = True
+    """the first half of that alone"""
 
     def pack(self) -> bytearray:
         page = bytearray(PAGE_BYTES)
         pack_into("<QQQ", page, 0, self.blocks, self.blocks, self.blocks)
-        page[33] = 0b1001 if self.zeroing else 0
+        page[33] = 0b1001 if self.zeroing else int(self.zeros)
         page[104:120] = self.nguid
         pack_into("<HB", page, 128, self.metadata, self.block_size.bit_length() - 1)
         return page
@@ -139,6 +141,7 @@ class Namespace:
             nguid=bytes(page[104:120]),
             metadata=metadata,
             zeroing=page[33] & 0b1111 == 0b1001,
+            zeros=page[33] & 0b111 == 0b001,
         )
 
 
