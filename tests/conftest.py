@@ -8,6 +8,9 @@ from collections.abc import Generator
 import hypothesis
 import pytest
 
+from userswap.backends.nvme_tcp import controller, qpair
+from userswap.backends.nvme_tcp.native_queue import NativeQueuePair
+
 collect_ignore = ["example"]  # another package, whose tests run where it is installed
 NO_SKIP = os.environ.get("USERSWAP_NO_SKIP", "") not in ("", "0")
 
@@ -25,6 +28,16 @@ def seed(request: pytest.FixtureRequest) -> int:
     value = int(os.environ.get("USERSWAP_SEED", zlib.crc32(request.node.nodeid.encode())))
     print(f"seed {value} (USERSWAP_SEED={value} repeats it)")
     return value
+
+
+@pytest.fixture(params=(qpair.QueuePair, NativeQueuePair), ids=("python", "native"))
+def queue_type(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
+    """Which queue pair NVMe's controllers have, and what the test module calls `QueuePair`."""
+    kind: type[qpair.QueuePair] = request.param
+    monkeypatch.setattr(controller, "QueuePair", kind)
+    monkeypatch.setattr(controller, "NativeQueuePair", kind)
+    monkeypatch.setattr(request.module, "QueuePair", kind)
+    return kind
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,6 +8,7 @@ left out, doubled, spliced or made of random fields. It is cut at random places.
    command that was completed or abandoned, nor into any after the end;
  - a read that succeeded has all its data, a write brings all of it;
  - each command is completed once, or listed once among the unfinished;
+ - the host's queue in C and the one in Python tell, send and write the same;
  - a target's operations fit its namespace, and what it holds in memory stays within its limits.
 """
 
@@ -19,6 +20,7 @@ from nvme import BLOCKS, World, with_digests
 from userswap.backends.nvme_tcp import command as nvme
 from userswap.backends.nvme_tcp import pdu
 from userswap.backends.nvme_tcp.command import CQE, Connect, Io
+from userswap.backends.nvme_tcp.native_queue import NativeQueuePair
 from userswap.backends.nvme_tcp.pdu import (
     LAST,
     SUCCESS,
@@ -28,7 +30,14 @@ from userswap.backends.nvme_tcp.pdu import (
     PduType,
     RemoteProtocolError,
 )
-from userswap.backends.nvme_tcp.qpair import Completed, Connected, QueuePair, Terminated
+from userswap.backends.nvme_tcp.qpair import (
+    Completed,
+    Connected,
+    Event,
+    QueuePair,
+    State,
+    Terminated,
+)
 from userswap.backends.nvme_tcp.target import Operation, Rules, Session
 from userswap.backends.nvme_tcp.target_controller import TargetController
 from userswap.backends.nvme_tcp.target_queue import Closed, Limits
@@ -166,53 +175,96 @@ def host_pdus(rng: Rng, sizes: list[int], writes: list[int], form: Framing) -> P
     return pdus
 
 
+class Twins:
+    """A queue in C and one in Python that are given the same: what either does, both have to."""
+
+    def __init__(self, form: Framing) -> None:
+        options = with_digests(form.header_digest, form.data_digest)
+        self.native = NativeQueuePair(CONNECT, options, 0.0)
+        self.plain = QueuePair(CONNECT, options, 0.0)
+        self.buffers, self.plain_buffers = Buffers([]), Buffers([])
+
+    def submit(self, command: nvme.Command, *, data: bytes | None = None, into: int = -1) -> int:
+        """`into` is the number of a buffer."""
+        views = [
+            None if into < 0 else buffers.view(into)
+            for buffers in (self.buffers, self.plain_buffers)
+        ]
+        cid = self.native.submit(command, 0.0, data=data, into=views[0])
+        assert cid == self.plain.submit(command, 0.0, data=data, into=views[1])
+        return cid
+
+    def abandon(self, cid: int) -> None:
+        self.native.abandon(cid)
+        self.plain.abandon(cid)
+
+    def receive_data(self, part: bytes) -> list[Event]:
+        events = self.native.receive_data(part, 0.0)
+        told = [repr(event) for event in self.plain.receive_data(part, 0.0)]
+        found = [repr(event) for event in events]
+        assert found == told, (found, told)
+        assert self.buffers.memory == self.plain_buffers.memory
+        assert self.native.direct == (self.native.state is State.RUNNING), "back in Python"
+        return events
+
+    def data_to_send(self) -> None:
+        sent = b"".join(map(bytes, self.native.data_to_send()))
+        assert sent == b"".join(map(bytes, self.plain.data_to_send()))
+
+    def seal(self, cids: set[int]) -> None:
+        for cid in cids:
+            self.buffers.seal(cid - 1)
+            self.plain_buffers.seal(cid - 1)
+
+
 def fuzz_host(rng: Rng) -> str:
     form = rng.choice(FORMS)
     digests = form.header_digest + 2 * form.data_digest
-    queue = QueuePair(CONNECT, with_digests(form.header_digest, form.data_digest), 0.0)
+    queue = Twins(form)
+    queue.data_to_send()
     hello = [pdu.init(PduType.IC_RESP, alignment=0, digests=digests, limit=4096)]
     hello.append(raw(PduType.CAPSULE_RESP, 0, CQE.pack(7, 1, 1, 0, 0), b"", form))
     if rng.random() < 0.1:
-        return outcome(queue.receive_data(mutate(rng, hello, form), 0.0), set())
-    assert queue.receive_data(b"".join(hello), 0.0) == [Connected(7)]
+        events = queue.native.receive_data(mutate(rng, hello, form), 0.0)
+        return outcome(events, set())
+    events = queue.native.receive_data(b"".join(hello), 0.0)
+    assert events == queue.plain.receive_data(b"".join(hello), 0.0) == [Connected(7)]
+    queue.data_to_send()
     sizes = [rng.choice((512, 1024, 1500, 4096)) for _ in range(rng.randrange(1, 4))]
     writes = [rng.choice((512, 8192, 9000)) for _ in range(rng.randrange(3))]
-    buffers = Buffers(sizes)
+    buffers, queue.plain_buffers = Buffers(sizes), Buffers(sizes)
+    queue.buffers = buffers
     open_cids = set()
     for number, size in enumerate(sizes):
-        read = nvme.read(1, 0, size // BLOCK)
-        open_cids.add(queue.submit(read, 0.0, into=buffers.view(number)))
+        open_cids.add(queue.submit(nvme.read(1, 0, size // BLOCK), into=number))
     for size in writes:
-        open_cids.add(queue.submit(nvme.write(1, 0, 1), 0.0, data=bytes(size)))
-    open_cids.add(queue.submit(nvme.flush(1), 0.0))
+        open_cids.add(queue.submit(nvme.write(1, 0, 1), data=rng.randbytes(size)))
+    open_cids.add(queue.submit(nvme.flush(1)))
     stream = mutate(rng, host_pdus(rng, sizes, writes, form), form)
+    reads = set(range(1, len(sizes) + 1))
     closed: set[int] = set()
     told = "quiet"
     for part in pieces(rng, stream):
-        if rng.random() < 0.02 and (left := sorted(open_cids)):
-            queue.abandon(left[0])
-            closed |= {left[0]} & set(range(1, len(sizes) + 1))
-            buffers_of(buffers, closed)
-        events = queue.receive_data(part, 0.0)
+        if rng.random() < 0.05 and (left := sorted(open_cids)):
+            cid = rng.choice(left)
+            queue.abandon(cid)
+            closed |= {cid} & reads
+            queue.seal(closed)
+        events = queue.receive_data(part)
         told = outcome(events, open_cids)
         for event in events:
-            if isinstance(event, Completed) and not event.status and event.cid - 1 < len(sizes):
+            if isinstance(event, Completed) and not event.status and event.cid in reads:
                 missing = bytes(buffers.view(event.cid - 1)).count(0xA5)
                 assert event.cid in closed or missing < BLOCK // 2, "a read without all its data"
         assert all(buffers.sealed(cid - 1) for cid in closed), "bytes in a buffer given back"
         ended = {e.cid for e in events if isinstance(e, Completed)}
-        if told == "ended":
-            ended |= set(range(1, len(sizes) + 1))
-        closed |= ended & set(range(1, len(sizes) + 1))
-        buffers_of(buffers, closed)
+        closed |= reads if told == "ended" else ended & reads
+        queue.seal(closed)
         buffers.check()
-        queue.data_to_send()
-    return told if queue.error is None else "ended"
-
-
-def buffers_of(buffers: Buffers, closed: set[int]) -> None:
-    for cid in closed:
-        buffers.seal(cid - 1)
+        if rng.random() < 0.5:
+            queue.data_to_send()
+    queue.data_to_send()
+    return told if queue.native.error is None else "ended"
 
 
 def outcome(events: list, open_cids: set[int]) -> str:  # type: ignore[type-arg]

@@ -75,6 +75,7 @@ SHARED |= {f"userswap.backends.{name}" for name in ("medium", "ranges", "superbl
 SHARED |= {f"userswap.backends.{name}" for name in ("lmdb_file", "lmdb_writer", "redis_server")}
 SHARED |= {f"userswap.backends.nvme_tcp.{name}" for name in ("pdu", "command", "identify", "wire")}
 SHARED |= {f"userswap.backends.nvme_tcp.{name}" for name in ("qpair", "controller", "target")}
+SHARED |= {"userswap.backends.nvme_tcp.native_queue"}
 SHARED |= {
     f"userswap.backends.nvme_tcp.target_{name}" for name in ("queue", "controller", "blocks")
 }

@@ -32,6 +32,8 @@ from userswap.backends.nvme_tcp.qpair import (
 from userswap.backends.nvme_tcp.target import Operation, RefusedError, Rules
 from userswap.backends.nvme_tcp.target_queue import Limits
 
+pytestmark = pytest.mark.usefixtures("queue_type")
+
 CUTS: list[tuple[str, Callable[[], Cut]]] = [
     ("whole", lambda: whole),
     ("single", lambda: single),

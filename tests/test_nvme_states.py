@@ -24,6 +24,8 @@ from userswap.backends.nvme_tcp.target import Session
 from userswap.backends.nvme_tcp.target_queue import Closed
 from userswap.backends.nvme_tcp.target_queue import State as TargetState
 
+pytestmark = pytest.mark.usefixtures("queue_type")
+
 CONNECT = Connect("nqn.s", "nqn.h", bytes(16), queue=1, entries=16, controller=1)
 PAGE = 4096
 BIG = 16384

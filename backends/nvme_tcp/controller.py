@@ -26,6 +26,7 @@ from userswap.backends.nvme_tcp.command import (
     Property,
     status_name,
 )
+from userswap.backends.nvme_tcp.native_queue import NativeQueuePair
 from userswap.backends.nvme_tcp.pdu import Buffer, ConnectionLostError, LocalProtocolError
 from userswap.backends.nvme_tcp.qpair import Completed, Connected, Options, QueuePair, Terminated
 from userswap.backends.nvme_tcp.qpair import Event as QueueEvent
@@ -178,7 +179,7 @@ class Controller:
             self._resume(script, _NOTHING)
         return self._take_events()
 
-    def io_queue(self, number: int, now: float) -> QueuePair:
+    def io_queue(self, number: int, now: float) -> NativeQueuePair:
         """The I/O queue of that number, 1 to `ready.queues`, to be connected by itself."""
         if self.ready is None:
             raise LocalProtocolError("the controller is not ready")
@@ -190,7 +191,7 @@ class Controller:
             keep_alive_ms=0,
         )
         options = replace(self.settings.options, in_capsule=self.ready.controller.in_capsule)
-        return QueuePair(connect, options, now)
+        return NativeQueuePair(connect, options, now)
 
     def shutdown(self, now: float) -> list[Event]:
         """Leave the controller in order, when no I/O is outstanding; ShutDown tells that it is."""

@@ -276,7 +276,7 @@ class QueuePair(Wire[Event]):
         if command.r2ts:
             self._keep_source(command)
         if command.damaged:
-            status = Status.TRANSIENT_TRANSPORT
+            status = Status.TRANSIENT_TRANSPORT.value
         if self.state is State.CONNECTING:
             self._connected(status, result)
         else:

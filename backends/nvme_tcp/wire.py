@@ -112,13 +112,7 @@ class Wire(ABC, Generic[Event]):
         else:
             self._end += count
             self._offered = 0
-        header = b""
-        try:
-            while self._advance(now):
-                pass
-        except RemoteProtocolError as error:
-            header = bytes(self._scratch[self._start : self._start + self._known])
-            self._refuse(error, header)
+        self._proceed(now)
         return self._take_events()
 
     def receive_data(self, data: Buffer, now: float) -> list[Event]:
@@ -179,6 +173,14 @@ class Wire(ABC, Generic[Event]):
         return events
 
     # --- taking PDUs apart ---
+
+    def _proceed(self, now: float) -> None:
+        """Take all that was received."""
+        try:
+            while self._advance(now):
+                pass
+        except RemoteProtocolError as error:
+            self._refuse(error, bytes(self._scratch[self._start : self._start + self._known]))
 
     def _make_room(self) -> None:
         if self._start == self._end:
