@@ -52,7 +52,7 @@ V = TypeVar("V")
 
 
 class GrammarError(ValueError):
-    """Something that does not read. `str()` is one line; `pointer()` shows the place.
+    """Something that does not read; `str()` is one line, which names the place.
 
     `position` is the index in `text` of the first character that is wrong.
     """
@@ -69,12 +69,6 @@ class GrammarError(ValueError):
         place = f"character {self.position + 1} of '{without_password(self.text)}'"
         return _printable(f"{self.message} ({place})")
 
-    def pointer(self) -> str:
-        """The text with a caret below the place, or nothing where no place is known."""
-        if self.position is None:
-            return ""
-        return f"{_printable(self.text)}\n{' ' * self.position}^"
-
 
 def without_password(url: str) -> str:
     """A URL as messages may show it, whatever it has after the user's name."""
@@ -82,7 +76,7 @@ def without_password(url: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """One line, each character in its own column."""
+    """One line, whatever the text holds."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import os
 import signal
@@ -85,10 +86,37 @@ STORE_COMMANDS = (
 NVME_COMMANDS = (
     Command("export", "userswap.engine.nvme_export", "let other machines page to a store of ours"),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    metavar: str
+    help: str
+    members: tuple[Command, ...]
+    examples: str
+
+
 GROUPS = {
-    "bench": ("BENCH", "measure userswap against what it replaces", BENCHES),
-    "store": ("WHAT", "look at, check, measure and format stores", STORE_COMMANDS),
-    "nvme": ("WHAT", "stores of other machines, over NVMe/TCP", NVME_COMMANDS),
+    "bench": Group(
+        "BENCH",
+        "measure userswap against what it replaces",
+        BENCHES,
+        "  userswap bench kernel --repetitions 3\n  userswap bench stores ram:zstd 'lmdb:{dir}'",
+    ),
+    "store": Group(
+        "WHAT",
+        "look at, check, measure and format stores",
+        STORE_COMMANDS,
+        "  userswap store list\n"
+        "  userswap store explain checksum::file:/var/lib/swap\n"
+        "  userswap store check --help",
+    ),
+    "nvme": Group(
+        "WHAT",
+        "stores of other machines, over NVMe/TCP",
+        NVME_COMMANDS,
+        "  userswap nvme export --help",
+    ),
 }
 
 
@@ -119,14 +147,25 @@ def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     words = [word for word in argv if not word.startswith("-")]
     for command in COMMANDS:
         _add(commands, command, words[:1] == [command.name])
-    for name, (metavar, purpose, members) in GROUPS.items():
-        group = commands.add_parser(
-            name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}."
+    for name, group in GROUPS.items():
+        members = commands.add_parser(
+            name,
+            help=group.help,
+            description=f"{group.help[0].upper()}{group.help[1:]}.",
+            epilog=f"examples:\n{group.examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        choices = group.add_subparsers(title=f"{name} commands", metavar=metavar, required=True)
-        for command in members:
+        members.set_defaults(run=functools.partial(_show_members, members))
+        choices = members.add_subparsers(title=f"{name} commands", metavar=group.metavar)
+        for command in group.members:
             _add(choices, command, words[:2] == [name, command.name])
     return parser
+
+
+def _show_members(group: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    """A group's name alone asks for nothing that could be done, and may well ask what there is."""
+    group.print_help(sys.stderr)
+    return USAGE_ERROR
 
 
 def _add(commands: Any, command: Command, wanted: bool) -> None:
@@ -250,3 +289,7 @@ def exit_code(error: Exception) -> int | None:
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(TERMINATED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -28,6 +28,7 @@ from userswap.engine.notify import notify, watchdog_period
 from userswap.engine.pager import settle_process
 
 SCHEMA = "userswap.serve/1"
+UNIT_SCHEMA = "userswap.unit/1"
 UNIT = "userswap-serve.service"
 CLIENT_MIN = "16MiB"
 BYTES_TIMES = 16
@@ -70,7 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.print_unit:
-        print(resources.files("userswap.engine").joinpath(UNIT).read_text(), end="")
+        unit = resources.files("userswap.engine").joinpath(UNIT).read_text()
+        print(
+            json.dumps({"schema": UNIT_SCHEMA, "name": UNIT, "unit": unit})
+            if arguments.json
+            else unit.rstrip("\n")
+        )
         return 0
     budget, limits = _figures(arguments)
     stores = declared(arguments.store)

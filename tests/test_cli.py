@@ -1,5 +1,6 @@
 """The command line: help, usage errors, exit codes, signals; what commands do is elsewhere."""
 
+import json
 import os
 import shlex
 import signal
@@ -33,12 +34,45 @@ def test_help_teaches_every_command_with_examples() -> None:
         assert command.help.split()[0] in child.stdout
 
 
-@pytest.mark.parametrize("command", [["demo"], ["doctor"], ["bench", "kernel"]])
-def test_every_command_has_help_with_examples_and_json(command: list[str]) -> None:
-    child = userswap_command(*command, "--help")
-    assert child.returncode == 0, child.stderr
-    assert "--json" in child.stdout
-    assert "exampl" in child.stdout
+GROUPED = [[name, each.name] for name, group in cli.GROUPS.items() for each in group.members]
+
+
+@pytest.mark.parametrize(
+    "command", [*([each.name] for each in cli.COMMANDS), *GROUPED], ids=" ".join
+)
+def test_every_command_has_help_with_examples_and_json(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--json" in out
+    assert "examples:" in out
+
+
+@pytest.mark.parametrize("group", cli.GROUPS)
+def test_a_group_alone_shows_what_is_in_it(group: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([group]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert cli.main([group, "--help"]) == 0
+    assert shown.err == capsys.readouterr().out
+    assert "examples:" in shown.err
+    assert all(f"\n    {command.name} " in shown.err for command in cli.GROUPS[group].members)
+
+
+def test_the_unit_file_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "--print-unit"]) == 0
+    text = capsys.readouterr().out
+    assert cli.main(["serve", "--print-unit", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["schema"] == "userswap.unit/1"
+    assert document["unit"] == text
+
+
+def test_the_module_is_the_command_too() -> None:
+    module = [sys.executable, "-m", "userswap.engine.cli", "--version"]
+    child = subprocess.run(module, capture_output=True, text=True, timeout=60)
+    assert (child.returncode, child.stdout) == (0, f"userswap {userswap.__version__}\n")
 
 
 def test_help_does_not_wait_for_the_c_core() -> None:

@@ -256,7 +256,6 @@ def test_stacks_that_do_not_read(url: str, position: int, said: str) -> None:
     assert said in str(error)
     assert error.position == position
     assert f"character {position + 1} of" in str(error)
-    assert error.pointer() == f"{url}\n{' ' * position}^"
 
 
 @pytest.mark.parametrize(
@@ -284,12 +283,12 @@ def test_without_names_any_name_will_do() -> None:
 def test_an_empty_url_has_no_place_to_point_at() -> None:
     error = refusal(lambda: parse_store_url(""))
     assert "ram:lz4" in str(error)
-    assert error.pointer() == ""
+    assert error.position is None
 
 
 def test_an_error_stays_on_one_line_and_survives_pickling() -> None:
     error = refusal(lambda: parse_store_url("ram\nlz4:"))
-    assert error.pointer() == "ram?lz4:\n   ^"
+    assert str(error).endswith("(character 4 of 'ram?lz4:')")
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.position) == (str(error), error.position)
 

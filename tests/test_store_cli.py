@@ -260,14 +260,6 @@ def test_mistakes_are_one_line(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["list", "explain", "check", "bench", "format"])
-def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    store_command(command, "--help")
-    out = capsys.readouterr().out
-    assert "--json" in out
-    assert "examples:" in out
-
-
 def test_ctrl_c_is_clean() -> None:
     command = [sys.executable, "-m", "userswap", "store", "bench", "--time", "60s", "memory:"]
     child = subprocess.Popen(
