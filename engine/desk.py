@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from userswap.backends.grammar import GrammarError, parse_size
+from userswap.backends.grammar import GrammarError, format_size, parse_size
 from userswap.engine.connection import Connection
 from userswap.engine.control import MESSAGE_MAX, Message
 from userswap.engine.errors import ConfigError, UserswapError
@@ -22,6 +22,8 @@ from userswap.engine.served import OpenRegion
 
 PART_BYTES = MESSAGE_MAX * 3 // 4
 CHANGES = ("resident", "weight", "min")
+RESIDENT_MIN, RESIDENT_MAX = 1 << 20, 1 << 44
+"""With less, a region could not hold the pages that its threads need at once."""
 
 
 class Books(Protocol):
@@ -150,9 +152,12 @@ def _value(name: str, text: str, region: OpenRegion | None) -> int | float:
         except ValueError:
             raise ConfigError(f"weight={text}: use a number such as 2 or 0.5") from None
     try:
-        return parse_size(text, whole=region.pages * 4096 if region else None)
+        size = parse_size(text, whole=region.pages * 4096 if region else None)
     except GrammarError as error:
         raise ConfigError(f"{name}: {error}") from None
+    if name == "resident" and not RESIDENT_MIN <= size <= RESIDENT_MAX:
+        raise ConfigError(f"resident={text}: use {format_size(RESIDENT_MIN)} or more")
+    return size
 
 
 def _brief(stats: dict[str, Any]) -> Message:

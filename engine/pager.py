@@ -23,7 +23,6 @@ import socket
 import sys
 from collections.abc import Iterable
 
-from userswap.backends.grammar import format_size
 from userswap.engine.connection import Connection, Terms
 from userswap.engine.control import Message
 from userswap.engine.desk import Desk
@@ -36,7 +35,6 @@ from userswap.native import ffi, lib
 VISITORS_MAX = 16
 VISIT_S = 10.0
 LINES_A_SECOND = 50
-RESIDENT_MIN, RESIDENT_MAX = 1 << 20, 1 << 44
 
 
 class Embedded(Terms):
@@ -117,8 +115,6 @@ class Embedded(Terms):
     def change(self, client: Connection, number: int, what: str, value: int | float) -> None:
         if what != "resident" or not number or client.service is None:
             raise ConfigError("a program's own pager takes CLIENT/REGION resident=SIZE alone")
-        if not RESIDENT_MIN <= value <= RESIDENT_MAX:
-            raise ConfigError(f"resident={format_size(int(value))}: use 1MiB or more")
         self.limit(client, client.service.regions[number], number, int(value))
 
 

@@ -192,13 +192,15 @@ def test_a_daemon_is_found_and_shows_its_clients(folder: Path) -> None:
         assert wait_for(lambda: daemon.regions()[0]["limit"] == 6 * MIB)
         (client,) = daemon.clients()
         assert (client["weight"], client["min"]) == (3, 6 * MIB)
-        for change, message in (
-            ("min=1GiB", "more than all"),
-            ("weight=0", "use 0.01 to 100"),
-            ("weight=nan", "use 0.01 to 100"),
-            ("weight=much", "use a number"),
+        for what, change, message in (
+            (pid, "min=1GiB", "more than all"),
+            (pid, "weight=0", "use 0.01 to 100"),
+            (pid, "weight=nan", "use 0.01 to 100"),
+            (pid, "weight=much", "use a number"),
+            (f"{pid}/r3", "resident=1", "resident=1: use 1MiB or more"),
+            (f"{pid}/r3", "resident=0%", "1MiB or more"),
         ):
-            done = run("set", pid, change)
+            done = run("set", what, change)
             assert done.returncode in (1, 2)
             assert message in done.stderr
         assert run("set", f"{pid}/r3", "resident=2MiB").returncode == 0
