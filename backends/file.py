@@ -67,14 +67,21 @@ class FileStore(Store):
     durable = True
 
     def __init__(
-        self, medium: Medium, page_count: int, page_size: int, *, direct: bool, ring: bool = True
+        self,
+        medium: Medium,
+        page_count: int,
+        page_size: int,
+        *,
+        direct: bool,
+        ring: bool = True,
+        shape: bool = True,
     ) -> None:
         self.page_size = page_size
         self.page_count = page_count
         self._medium = medium
         self._direct = direct
         self._transfers = Transfers(medium.fd, align=BLOCK if direct else 1, ring=ring)
-        self._taken = medium.is_device or medium.size == 0
+        self._taken = medium.is_device or (shape and medium.size == 0)
         """The file is ours to shape: it was empty, or was written by us."""
         block = os.fstatvfs(medium.fd).f_bsize
         self._allocates = not medium.is_device and page_size > block
@@ -284,10 +291,12 @@ class _InUseError(StoreFailedError):
     """Somebody else has it open."""
 
 
-def open_medium(path: str) -> Medium:
+def open_medium(path: str, *, existing: bool = False) -> Medium:
     """Open or create a file, and see that it is fit and that it is ours alone."""
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe must not hang us
     is_new = True
+    if existing and not os.path.lexists(path):
+        raise _refused(path, "does not exist: the first region makes it")
     try:
         fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
@@ -393,7 +402,7 @@ async def open_store(layer: LayerSpec, geometry: Geometry) -> Store:
     path = layer.target
     if not path.startswith("/"):
         raise layer.error(f"needs a whole path, such as file:/var/lib/userswap/{path or 'pages'}")
-    medium = await _open_patiently(path)
+    medium = await _open_patiently(path, geometry.existing)
     try:
         return _open_on(medium, layer, geometry)
     except BaseException:
@@ -403,14 +412,14 @@ async def open_store(layer: LayerSpec, geometry: Geometry) -> Store:
         raise
 
 
-async def _open_patiently(path: str) -> Medium:
+async def _open_patiently(path: str, existing: bool) -> Medium:
     """The kernel lets go of a killed process's file only when what was in flight has ended."""
     for _ in range(OPEN_TRIES):
         try:
-            return open_medium(path)
+            return open_medium(path, existing=existing)
         except _InUseError:
             await asyncio.sleep(OPEN_AGAIN_S)
-    return open_medium(path)
+    return open_medium(path, existing=existing)
 
 
 def _open_on(medium: Medium, layer: LayerSpec, geometry: Geometry) -> Store:
@@ -430,4 +439,5 @@ def _open_on(medium: Medium, layer: LayerSpec, geometry: Geometry) -> Store:
     if not is_direct:
         os.posix_fadvise(medium.fd, 0, 0, os.POSIX_FADV_RANDOM)
     pages = _pages(medium, size, geometry)
-    return FileStore(medium, pages, geometry.page_size, direct=is_direct)
+    shape = not geometry.existing
+    return FileStore(medium, pages, geometry.page_size, direct=is_direct, shape=shape)

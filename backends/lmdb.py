@@ -99,6 +99,7 @@ class LmdbStore(Store):
         map_size: int = MAP_SIZE,
         durability: str = "none",
         interval: float = INTERVAL_S,
+        existing: bool = False,
     ) -> None:
         """Open or make it: blocks. Every other method belongs to the running event loop."""
         self.page_size = page_size
@@ -109,7 +110,9 @@ class LmdbStore(Store):
         self._interval = interval if durability == "interval" else 0.0
         self._ended = ""
         """Why it cannot be used any more."""
-        self._database = open_database(path, map_size, page_size=page_size, sync=self.durable)
+        self._database = open_database(
+            path, map_size, page_size=page_size, sync=self.durable, existing=existing
+        )
         self._places = _Places()
         self._writer = Writer(self._database, codec, self._per_page, self._find)
         self._syncing: asyncio.Task[None] | None = None
@@ -312,4 +315,5 @@ async def open_store(layer: LayerSpec, geometry: Geometry) -> Store:
         map_size=map_size,
         durability=durability,
         interval=interval,
+        existing=geometry.existing,
     )

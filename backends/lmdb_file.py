@@ -32,6 +32,8 @@ NEARLY_NO_ROOM = 1 << 20
 FILE_MODE = 0o600
 DIRECTORY_MODE = 0o700
 
+_FILES = ("data.mdb", "lock.mdb")
+_OF_FILESYSTEM = "lost+found"
 _ABOUT = b"userswap"
 _MAGIC = struct.pack("<I", 0xBEEFC0DE)
 _MAGIC_AT = 16
@@ -55,10 +57,6 @@ block_key = struct.Struct(">Q").pack
 """The key of a block: its index, so that neighbours are neighbours."""
 
 
-block_key = struct.Struct(">Q").pack
-"""The key of a block: its index, so that neighbours are neighbours."""
-
-
 def is_full(error: lmdb.Error, path: str) -> bool:
     """There is no room, in the map or on the medium; nothing was changed."""
     if error.code == errno.EIO:  # what LMDB calls a write that was cut short, too
@@ -67,9 +65,12 @@ def is_full(error: lmdb.Error, path: str) -> bool:
     return isinstance(error, lmdb.MapFullError) or error.code in _FULL
 
 
-def open_database(path: str, map_size: int, *, page_size: int, sync: bool) -> Database:
-    """Open the database of pages of `page_size` in the directory `path`, or make it."""
-    lock = _lock(path)
+def open_database(
+    path: str, map_size: int, *, page_size: int, sync: bool, existing: bool = False
+) -> Database:
+    """Open the database of pages of `page_size` in the directory `path`, or make it unless it has
+    to be an `existing` one."""
+    lock = _lock(path, existing)
     try:
         env = _open(path, map_size, sync=sync)
         return _tables(env, path, page_size, lock)
@@ -81,13 +82,17 @@ def open_database(path: str, map_size: int, *, page_size: int, sync: bool) -> Da
         raise
 
 
-def _lock(path: str) -> int:
+def _lock(path: str, existing: bool) -> int:
     """Make the database's directory and file where there are none, and take it for this store."""
+    file = os.path.join(path, _FILES[0])
+    if existing and not os.path.exists(file):
+        raise StoreFailedError(f"{file} does not exist: the first region makes it", store=NAME)
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, DIRECTORY_MODE)
     if not os.path.isdir(path):
         raise StoreFailedError(f"{path} is not a directory, which an LMDB store is", store=NAME)
-    file = os.path.join(path, "data.mdb")
+    if not os.path.exists(file):
+        _check_alone(path)
     lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -99,6 +104,17 @@ def _lock(path: str) -> int:
         os.close(lock)
         raise
     return lock
+
+
+def _check_alone(path: str) -> None:
+    """Refuse a directory of somebody else's files, which a new database would be lost among."""
+    others = sorted(set(os.listdir(path)) - {*_FILES, _OF_FILESYSTEM})
+    if others:
+        raise StoreFailedError(
+            f"{path} holds other files ({others[0]}): name a directory of the store's own, such "
+            f"as {os.path.join(path, 'swap')}",
+            store=NAME,
+        )
 
 
 def _check_ours(path: str, file: int) -> None:

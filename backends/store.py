@@ -36,10 +36,12 @@ class Geometry:
     """What is asked of a store that is opened: pages of which size, and how many.
 
     `page_count` None asks for as many as the medium holds, or PAGES_MAX where it has no size.
+    `existing` is for who only looks: a medium that is not there is not made.
     """
 
     page_count: int | None = None
     page_size: int = PAGE_SIZE
+    existing: bool = False
 
     def __post_init__(self) -> None:
         size = self.page_size

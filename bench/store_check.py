@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Put the store that a URL names to the conformance suite: the contract that every store "
         "keeps, check by check, with a process that is killed where the store is durable. It "
         "works in an extent of its own and removes it again; a medium that holds anything but a "
-        "volume is refused and left alone, and a file that was not there stays, without content. "
+        "volume is refused and left alone, and nothing is made that was not there. "
         "Checks that need a store of another size or page size belong to the store's own tests "
         "(userswap.backends.conformance)."
     )
@@ -159,7 +159,7 @@ def _title(check: Check) -> str:
 @asynccontextmanager
 async def _scratch(url: str, seed: int) -> AsyncIterator[ScratchHarness]:
     """A harness, and the medium afterwards as it was before."""
-    store = await registry.open_stack(url, Geometry())
+    store = await registry.open_stack(url, Geometry(existing=True))
     try:
         blank = await examine(store, name=url) is None
     finally:

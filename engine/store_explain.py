@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Say what a store URL guarantees: whether pages survive a crash, whether damage is "
         "noticed, what the medium sees, where pages go and what bounds them, how faults are "
-        "served. Layer by layer, the store first. The store is opened for this, and not written to."
+        "served. Layer by layer, the store first. The store is opened for this, and neither made "
+        "nor written to."
     )
     parser.epilog = (
         "examples:\n"
@@ -73,7 +74,7 @@ async def _explain(spec: StackSpec, url: str) -> tuple[list[Explained], str]:
         part = StackSpec(spec.filters[depth:], spec.store)
         filters = part.filters[:1]
         name = f"{filters[0].name}::" if filters else f"{spec.store.name}:{spec.store.target}"
-        store = await registry.open_stack(str(part), Geometry())
+        store = await registry.open_stack(str(part), Geometry(existing=True))
         try:
             layers.append(_explained(name, store))
             if depth == 0 and store.native is None:

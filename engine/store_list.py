@@ -125,7 +125,7 @@ def _layers_as_text() -> str:
 
 async def _volume(arguments: argparse.Namespace) -> str:
     url = arguments.url
-    store = await registry.open_stack(url, Geometry())
+    store = await registry.open_stack(url, Geometry(existing=True))
     try:
         contents = await examine(store, name=url)
         if contents is None:

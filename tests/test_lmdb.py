@@ -330,3 +330,17 @@ async def test_another_format_is_named(tmp_path: Path) -> None:
 
 def test_a_map_that_has_no_room_is_named(tmp_path: Path) -> None:
     assert "map_size=1TiB" in run_child(OPENER, args=[url_of(tmp_path / "store")]).stdout
+
+
+async def test_a_directory_of_other_files_is_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "lost+found").mkdir()  # a file system of the store's own has it
+    url = f"lmdb:{tmp_path}"
+    theirs = tmp_path / "letter.txt"
+    theirs.write_text("dear reader")
+    with pytest.raises(StoreFailedError, match=r"other files \(letter.txt\): .*/swap$"):
+        await open_stack(url, Geometry(PAGES))
+    assert sorted(os.listdir(tmp_path)) == ["letter.txt", "lost+found"]
+    theirs.unlink()
+    await (await open_stack(url, Geometry(PAGES))).aclose()
+    theirs.write_text("came later")  # the pages that are there are worth more than the rule
+    await (await open_stack(url, Geometry(PAGES))).aclose()

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
@@ -138,6 +139,37 @@ def test_a_blank_or_foreign_medium_is_said_and_left_alone(
     forced = capsys.readouterr().out
     assert "taken by force" in forced
     assert "Nothing was written" not in forced
+
+
+MADE_BY_A_REGION = (
+    "file:{}",
+    "lmdb:{}",
+    "checksum::file:{}",
+    "tier?fast=ram:lz4::lmdb:{}",
+    "tier?fast=file:{}::memory:",
+)
+
+
+@pytest.mark.parametrize("command", ["list", "explain", "check"])
+@pytest.mark.parametrize("url", MADE_BY_A_REGION)
+def test_what_is_not_there_is_not_made(
+    command: str, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store_command(command, url.format(tmp_path / "absent"), code=1)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "absent" in said.err
+    assert "does not exist: the first region makes it" in said.err
+    assert said.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["list", "explain"])
+def test_an_empty_file_that_is_only_looked_at_stays_empty(command: str, tmp_path: Path) -> None:
+    path = tmp_path / "empty"
+    path.touch()
+    store_command(command, f"file:{path}", code=int(command == "list"))
+    assert path.stat().st_size == 0
 
 
 def test_a_check_of_nothing_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:

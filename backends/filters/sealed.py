@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 from userswap.backends.filters import Filter
 from userswap.backends.filters.tail import Tail
@@ -209,7 +210,7 @@ async def open_below(
             raise StoreFailedError(f"{inner.page_count} pages are no room for records", store=name)
         return inner, pages
     try:
-        wider = Geometry(pages + Tail.pages_needed(pages, pair, size), size)
+        wider = replace(geometry, page_count=pages + Tail.pages_needed(pages, pair, size))
     except ValueError as error:
         raise StoreFailedError(f"no room for records: {error}", store=name) from error
     return await below.open(wider), pages

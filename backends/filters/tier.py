@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from userswap.backends.filters import Filter
 from userswap.backends.filters.placement import Placement
@@ -179,7 +180,7 @@ async def open_filter(layer: LayerSpec, geometry: Geometry, below: Below) -> Sto
         raise layer.error("needs fast=URL, the store that the other is slower than")
     slow = await below.open(geometry)
     try:
-        fast = await below.open_url(url, Geometry(slow.page_count, slow.page_size))
+        fast = await below.open_url(url, replace(geometry, page_count=slow.page_count))
     except BaseException:
         await slow.aclose()
         raise
