@@ -52,7 +52,7 @@ KNOWN_NOTHING, FORGOTTEN = 0, 0xFFFFFFFF
 """Numbers of a block that this session has not written, or has discarded."""
 MAP_NORESERVE = 0x4000
 _STAMP = struct.Struct("<II")
-_TARGET = re.compile(r"//(?:([^@/]*)@)?(\[[^]]+\]|[^:/]+)(?::([0-9]{1,5}))?(?:/([0-9]{0,4}))?")
+_TARGET = re.compile(r"//(?:([^@/]*)@)?(\[[^]]+\]|[^:/]+)(?::([0-9]{1,9}))?(?:/([0-9]{0,4}))?")
 _PREFIX = re.compile(r"[!-~]{1,200}")
 
 T = TypeVar("T")
@@ -289,8 +289,10 @@ def _address(layer: LayerSpec, database: int, password: str | None) -> Address:
         path = target.removeprefix("unix:")
         return Address(socket=path, database=database, password=password)
     match = _TARGET.fullmatch(target)
-    if not match or int(match[3] or 1) > 65535:
+    if not match:
         raise layer.error("needs a server: redis://host:port/0, or redis:unix:/path")
+    if match[3] and not 0 < int(match[3]) < 65536:
+        raise layer.error(f"port {match[3]}: ports are 1 to 65535; Redis listens on 6379")
     if ":" in (match[1] or ""):
         raise layer.error("a password does not belong in a URL: use password_file=")
     return Address(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import secrets
 from dataclasses import dataclass
 from typing import Any
@@ -150,7 +151,7 @@ class Server:
             return TransientError(text, store=NAME)
         if isinstance(error, errors.ResponseError):
             return StoreFailedError(text, store=NAME)
-        return TransientError(f"{text} (no connection)", store=NAME)
+        return TransientError(f"{self.address}: no connection: {_cause(error)}", store=NAME)
 
     async def open(self) -> None:
         """See that the server keeps what it is given, and take the prefix."""
@@ -169,7 +170,8 @@ class Server:
             self.was_used = not await self.command("SET", self._mark_key, mark, "NX")
             self._mark = await self.command("GET", self._mark_key)
         except TransientError as error:
-            raise StoreFailedError(f"cannot be used: {error.args[0]}", store=NAME) from error
+            hint = "is a Redis or Valkey server running there, and does it take connections?"
+            raise StoreFailedError(f"{error.args[0]}: {hint}", store=NAME) from error
         self._renewing = asyncio.get_running_loop().create_task(self._renew())
 
     async def _when_loaded(self) -> None:
@@ -223,6 +225,14 @@ class Server:
                     await self.command("DEL", self._lock_key)
         with contextlib.suppress(self._errors.RedisError, OSError):
             await self._client.aclose(close_connection_pool=True)
+
+
+def _cause(error: Exception) -> str:
+    """What the system said, which the client library puts into other words and a tuple."""
+    system = error.__cause__ or error.__context__
+    if not isinstance(system, OSError) or system.errno is None:
+        return str(error)
+    return os.strerror(system.errno) if system.errno > 0 else str(system.strerror)
 
 
 def _no_backoff() -> Any:

@@ -146,7 +146,8 @@ async def _open(point: EntryPoint, layer: LayerSpec, geometry: Geometry, *below:
         if inspect.isawaitable(store):
             store = await store
     except OSError as error:
-        raise StoreFailedError(str(error), store=layer.name) from error
+        where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise StoreFailedError(where, store=layer.name) from error
     if not isinstance(store, Store):
         reason = f"{point.value} returned {type(store).__name__}, which is no store"
         raise StoreFailedError(reason, store=layer.name)

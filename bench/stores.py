@@ -26,6 +26,7 @@ from userswap.backends.store import Geometry, Run
 from userswap.bench import sample
 from userswap.bench.arguments import whole_number
 from userswap.bench.histogram import Histogram
+from userswap.engine.errors import ConfigError
 
 SCHEMA = "userswap.bench.stores/1"
 PAGE = sample.PAGE
@@ -165,7 +166,8 @@ def _touch(plan: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
             print(json.dumps({"command": command, **more}), file=child.stdin, flush=True)
             answer: dict[str, Any] = json.loads(child.stdout.readline() or "{}")
             if "error" in answer or (not answer and child.poll() is not None):
-                raise GrammarError(f"{plan['store']}: {answer.get('error', 'the process ended')}")
+                ended = f"{plan['store']}: the touching process ended"
+                raise ConfigError(answer.get("error", ended))
             return answer
 
         ask("prepare", plan=plan)

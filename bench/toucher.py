@@ -23,6 +23,7 @@ from userswap.bench import order, sample
 from userswap.bench.cases import Step
 from userswap.bench.histogram import Histogram
 from userswap.bench.paged import KernelMemory, Paged
+from userswap.engine.errors import UserswapError
 from userswap.native import check, ffi, lib
 
 PAGE = sample.PAGE
@@ -132,6 +133,8 @@ def main() -> None:
         command = json.loads(line)
         try:
             answer = getattr(toucher, command.pop("command"))(**command)
+        except UserswapError as error:
+            answer = {"error": str(error)}
         except Exception as error:  # the benchmark decides what an error means, whatever it is
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), flush=True)

@@ -22,6 +22,8 @@ from userswap.engine.errors import ConfigError
 OBJECT_PREFIX = "object:"
 TEXT_MAX = 60_000
 """It is part of a control message."""
+_importing = False
+"""The main module of a client is being imported, in the pager."""
 
 
 def pickled(store: object) -> str:
@@ -50,7 +52,7 @@ async def unpickled(text: str) -> Store:
     """Make the store of `pickled`, where the main module of the client is importable too."""
     preparation, data = pickle.loads(base64.b85decode(text.removeprefix(OBJECT_PREFIX)))
     try:
-        spawn.prepare(preparation)
+        _import_main(preparation)
         made = pickle.loads(data)
         if not isinstance(made, Store):
             made = cast(Callable[[Geometry], Any], made)(Geometry())
@@ -58,8 +60,30 @@ async def unpickled(text: str) -> Store:
             made = await made
     except StoreError:
         raise
+    except ConfigError as error:
+        raise StoreFailedError(str(error), store="object") from error
     except Exception as error:
         raise StoreFailedError(f"cannot be made in the pager: {error!r}", store="object") from error
     if not isinstance(made, Store):
         raise StoreFailedError(f"{type(made).__name__} is no store", store="object")
     return made
+
+
+def _import_main(preparation: dict[str, Any]) -> None:
+    global _importing
+    _importing = True
+    try:
+        spawn.prepare(preparation)
+    finally:
+        _importing = False
+
+
+def refuse_in_import() -> None:
+    """Raises ConfigError where a region is opened by the import of `unpickled`: a pager of the
+    pager's own would import it again, and so on."""
+    if _importing:
+        raise ConfigError(
+            "the pager imports the program's main file for it, and that opens a region as it is "
+            'imported: guard its work by `if __name__ == "__main__":`, or put the store into a '
+            "module of its own"
+        )

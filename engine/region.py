@@ -33,7 +33,7 @@ from userswap.engine.errors import (
     UnsupportedError,
     UserswapError,
 )
-from userswap.engine.objects import pickled
+from userswap.engine.objects import pickled, refuse_in_import
 from userswap.engine.stats import RegionStats
 from userswap.native import ffi, lib
 
@@ -146,6 +146,7 @@ class Region:
     ) -> None:
         self._mapping: _Mapping | None = None
         self.name, self.size = "?", 0
+        refuse_in_import()
         self.name = _check_name(name)
         if on_full not in ("grow", "stall"):
             raise ConfigError(f"on_full={on_full!r}: use grow or stall")

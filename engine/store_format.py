@@ -10,6 +10,7 @@ from userswap.backends import registry
 from userswap.backends.grammar import format_size
 from userswap.backends.store import Geometry, Store
 from userswap.backends.volume import VolumeError, examine, format_volume
+from userswap.engine.errors import ConfigError
 
 SCHEMA = "userswap.store.format/1"
 
@@ -36,8 +37,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def _format(arguments: argparse.Namespace) -> int:
     url = arguments.url
-    store = await registry.open_stack(url, Geometry())
+    innermost: list[Store] = []
+
+    def seen(store: Store) -> Store:
+        innermost.append(store)
+        return store
+
+    store = await registry.open_stack(url, Geometry(), wrap=seen)
     try:
+        _check_medium(url, innermost[0])
         held, blank = await _held(store, url)
         refused = not blank and not arguments.force
         if not refused:
@@ -60,6 +68,16 @@ async def _format(arguments: argparse.Namespace) -> int:
         lost = "" if blank else f"; it was taken by force (it {held})"
         print(f"{url} is an empty volume of {format_size(size)} now{lost}")
     return int(refused)
+
+
+def _check_medium(url: str, innermost: Store) -> None:
+    """A store that ends with this command has nothing that a format could help."""
+    spec = registry.parse(url)
+    named = spec.store.target or registry.foreign_layers(spec)
+    if innermost.native is not None or not named:
+        raise ConfigError(
+            f"{url} is memory of the pager that opens it: there is no medium to format"
+        )
 
 
 async def _held(store: Store, url: str) -> tuple[str, bool]:

@@ -89,7 +89,7 @@ class Stores:
                 await self._leave(key)
                 raise
         except (GrammarError, StoreError) as error:
-            raise ConfigError(f"store {label!r}: {error}") from None
+            raise ConfigError(_refusal(label, error)) from None
         except OSError as error:
             raise UserswapError(f"store {label!r}: {error}") from None
         return Backing(key, label, opened.store, opened.gate, extent)
@@ -149,6 +149,14 @@ async def open_store(url: str) -> Store:
     if foreign:
         return await open_isolated(foreign[0], lambda: registry.open_stack(url, Geometry()))
     return await registry.open_stack(url, Geometry())
+
+
+def _refusal(label: str, error: GrammarError | StoreError) -> str:
+    """The store is named once, be it by the error itself."""
+    if isinstance(error, GrammarError) and error.position is not None:
+        return f"store: {error}"
+    named = isinstance(error, StoreError) and error.store == label
+    return f"store {error}" if named else f"store {label!r}: {error}"
 
 
 def _label(store: str) -> str:

@@ -60,6 +60,15 @@ def test_a_group_alone_shows_what_is_in_it(group: str, capsys: pytest.CaptureFix
     assert all(f"\n    {command.name} " in shown.err for command in cli.GROUPS[group].members)
 
 
+def test_a_store_that_cannot_be_is_named_once() -> None:
+    child = userswap_command("bench", "stores", "ram:lz5")
+    assert child.returncode == 2
+    place = "(character 1 of 'ram:lz5')"
+    assert (
+        child.stderr == f"userswap: store: ram: unknown codec 'lz5'; did you mean 'lz4'? {place}\n"
+    )
+
+
 def test_the_unit_file_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", "--print-unit"]) == 0
     text = capsys.readouterr().out

@@ -283,6 +283,8 @@ def test_a_store_is_measured_alone(capsys: pytest.CaptureFixture[str]) -> None:
         (["bench", "--size", "4KiB", "memory:"], 2, "1MiB is the least"),
         (["check"], 2, "usage: userswap store check"),
         (["explain", "memory:target"], 2, "takes no target"),
+        (["format", "ram:lz4"], 2, "ram:lz4 is memory of the pager that opens it: there is no"),
+        (["format", "--force", "checksum::memory:"], 2, "no medium to format"),
     ],
 )
 def test_mistakes_are_one_line(
