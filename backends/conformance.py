@@ -18,12 +18,12 @@ import random
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+from userswap.backends.conformance_failures import check_failures_of_the_store_below
 from userswap.backends.harness import (
     PAGES,
     SAFE_PAGES,
     Check,
     ConformanceError,
-    FailingStore,
     Harness,
     NotApplicableError,
     against,
@@ -59,7 +59,6 @@ TURNS = 8
 """Turns of the event loop after which operations are cancelled: 0 up to this."""
 LATE_S = 0.005
 """Time for what a cancelled operation may still do behind our back."""
-FAILURES_MAX = 60
 
 
 async def check_zeros_before_the_first_write(harness: Harness) -> None:
@@ -373,67 +372,29 @@ async def check_a_history_equals_a_dict(harness: Harness) -> None:
             await store.flush()
 
 
-async def check_failures_of_the_store_below(harness: Harness) -> None:
-    """Every n-th call of the inner store fails: only StoreErrors come out, a failed write leaves
-    each page old or new, other pages are untouched."""
-    for number in range(1, FAILURES_MAX):
-        if not await _history_over_failures(harness, lambda n, number=number: n == number):
-            break
-    for every in (2, 3, 5, 7):
-        await _history_over_failures(harness, lambda n, every=every: n % every == 0)
-
-
-async def _history_over_failures(harness: Harness, fails: Any) -> int:
-    """A short history; returns how many calls of the inner store failed."""
-    inner: list[FailingStore] = []
-
-    def wrap(store: Store) -> Store:
-        inner.append(FailingStore(store, lambda n: False))
-        return inner[0]
-
-    store = await harness.open_over(wrap)
-    inner[0].calls, inner[0].fails = 0, fails
+async def check_what_is_read_at_once(harness: Harness) -> None:
+    """`read_now` gives what `read` would, or refuses; what it refuses, it has not promised."""
+    store = await harness.open()
     rng = random.Random(harness.seed)
-    size = store.page_size
-    known = {index: {bytes(size)} for index in range(24)}
-    """What each page may hold."""
-    for step in range(30):
-        index, pages = rng.randrange(18), rng.randrange(1, 6)
-        wanted = range(index, index + pages)
-        what = rng.choice(("write", "write", "discard", "read", "flush"))
-        new = [harness.page(page, step) for page in wanted]
-        if what == "discard":
-            new = [bytes(size)] * pages
-        try:
-            if what == "write":
-                await write(store, index, b"".join(new))
-            elif what == "discard":
-                await store.discard(index, pages)
-            elif what == "flush":
-                await store.flush()
-            else:
-                await _among(harness, store, index, [known[page] for page in wanted])
-        except StoreError:
-            if what in ("write", "discard"):
-                for page, data in zip(wanted, new, strict=True):
-                    known[page] = {*known[page], data}
-            continue
-        if what in ("write", "discard"):
-            known.update({page: {data} for page, data in zip(wanted, new, strict=True)})
-    inner[0].fails = lambda n: False
-    for index, versions in known.items():
-        await _among(harness, store, index, [versions])
+    model: dict[int, bytes] = {}
+    for step in range(STEPS // 4):
+        written = {page: harness.page(page, step) for page in rng.sample(range(32), 4)}
+        await store.write([Run(page, memoryview(data)) for page, data in written.items()])
+        model.update(written)
+        await read(store, 0, 32)  # a store may have at hand what it has seen
+        gone = rng.randrange(32)
+        await store.discard(gone, 1)
+        model.pop(gone, None)
+        for wanted in ([gone], [*written], [rng.randrange(PAGES)]):
+            buffers = {page: bytearray(b"\xaa" * store.page_size) for page in wanted}
+            if store.read_now([Run(page, memoryview(data)) for page, data in buffers.items()]):
+                for page, found in buffers.items():
+                    expected = harness.expected(model.get(page, bytes(store.page_size)))
+                    require(found == expected, f"page {page} reads otherwise at once")
     await store.aclose()
-    return inner[0].failed
-
-
-async def _among(harness: Harness, store: Store, index: int, versions: list[set[bytes]]) -> None:
-    data = await read(store, index, len(versions))
-    size = store.page_size
-    for place, each in enumerate(versions):
-        page = data[place * size : (place + 1) * size]
-        possible = {harness.expected(version) for version in each}
-        require(page in possible, f"page {index + place} is neither old nor new after a failure")
+    with contextlib.suppress(StoreFailedError):
+        closed = store.read_now([Run(1, memoryview(bytearray(store.page_size)))])
+        require(not closed, "a closed store is read at once")
 
 
 async def _expect(
@@ -495,5 +456,6 @@ CHECKS: tuple[Check, ...] = (
     check_what_was_flushed_survives,
     check_opened_by_one_at_a_time,
     check_a_history_equals_a_dict,
+    check_what_is_read_at_once,
     check_failures_of_the_store_below,
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from userswap.backends.harness import Harness
 from userswap.backends.memory import MemoryStore
@@ -183,6 +184,29 @@ class Tired(MemoryStore):
             self._pages[runs[0].index] = bytes(self.page_size)
 
 
+class Hasty(MemoryStore):
+    """Has at hand what a page was when it was last read."""
+
+    def __init__(self, page_count: int, **options: Any) -> None:
+        super().__init__(page_count, **options)
+        self._seen: dict[int, bytes] = {}
+
+    async def read(self, runs: Sequence[Run]) -> None:
+        self._check_open()
+        super().read_now(runs)
+        for run in runs:
+            for at, page in enumerate(pages_of(self, run)):
+                start = at * self.page_size
+                self._seen[page] = bytes(run.buffer[start : start + self.page_size])
+
+    def read_now(self, runs: Sequence[Run]) -> bool:
+        if not all(page in self._seen for run in runs for page in pages_of(self, run)):
+            return False
+        for run in runs:
+            run.buffer[:] = b"".join(self._seen[page] for page in pages_of(self, run))
+        return True
+
+
 class Filter(Store):
     """Passes everything on; the base of filters that are wrong."""
 
@@ -258,6 +282,7 @@ WRONG: dict[type[Store], str] = {
     Durable: "check_what_was_flushed_survives",
     Shared: "check_opened_by_one_at_a_time",
     Tired: "check_a_history_equals_a_dict",
+    Hasty: "check_what_is_read_at_once",
     Swallows: "check_failures_of_the_store_below",
     Half: "check_failures_of_the_store_below",
     Translates: "check_failures_of_the_store_below",
