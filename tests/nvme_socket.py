@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
+from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from nvme import HOST, HOST_ID, SUBSYSTEM
+from userswap.backends.memory import MemoryStore
 from userswap.backends.nvme_tcp import command as nvme
 from userswap.backends.nvme_tcp import controller as host
 from userswap.backends.nvme_tcp.command import Command
 from userswap.backends.nvme_tcp.pdu import Buffer
 from userswap.backends.nvme_tcp.qpair import Completed, Connected, Options, QueuePair, Terminated
+from userswap.backends.nvme_tcp.server import Server, serve
+from userswap.backends.store import Store
 
+PAGES = 1024
 PATIENCE_S = 30.0
+T = TypeVar("T")
 Address = tuple[str, int]
 
 
@@ -151,3 +158,13 @@ class Host:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+async def exported(work: Callable[[Server], T], store: Store | None = None, **changes: object) -> T:
+    """Serve a store while `work` runs on a thread."""
+    store = store or MemoryStore(PAGES)
+    given = {"nqn": SUBSYSTEM, "listen": ("127.0.0.1", 0), **changes}
+    async with await serve(store, **given) as server:  # type: ignore[arg-type]
+        result = await asyncio.to_thread(work, server)
+    await store.aclose()
+    return result

@@ -7,33 +7,27 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Sequence
 
 import pytest
 
 from nvme import SUBSYSTEM, with_digests
-from nvme_socket import EndedError, Host
+from nvme_socket import PAGES, EndedError, Host, exported
 from userswap.backends.memory import MemoryStore
 from userswap.backends.nvme_tcp import command as nvme
 from userswap.backends.nvme_tcp.command import Status, code_of
 from userswap.backends.nvme_tcp.identify import DISCOVERY_NQN
-from userswap.backends.nvme_tcp.server import Rules, Server, serve
+from userswap.backends.nvme_tcp.server import Rules, Server, check_exposure, serve
 from userswap.backends.registry import open_stack
-from userswap.backends.store import Geometry, Store
-
-T = TypeVar("T")
-PAGES = 1024
-
-
-async def exported(work: Callable[[Server], T], store: Store | None = None, **changes: object) -> T:
-    """Serve a store while `work` runs on a thread."""
-    store = store or MemoryStore(PAGES)
-    given = {"nqn": SUBSYSTEM, "listen": ("127.0.0.1", 0), **changes}
-    async with await serve(store, **given) as server:  # type: ignore[arg-type]
-        result = await asyncio.to_thread(work, server)
-    await store.aclose()
-    return result
+from userswap.backends.store import (
+    Geometry,
+    PageLostError,
+    Run,
+    Store,
+    StoreError,
+    StoreFailedError,
+    TransientError,
+)
 
 
 @pytest.mark.parametrize("block", [512, 4096])
@@ -116,3 +110,186 @@ async def test_errors_of_the_store_are_told_by_status() -> None:
             assert host.read(0) == b"x" * 4096
 
     await exported(work, MemoryStore(PAGES, limit=10 * 4096))
+
+
+class Picky(MemoryStore):
+    """Fails where it is told to, and holds its callers to the contract while they overlap."""
+
+    def __init__(self, pages: int, **options: int) -> None:
+        super().__init__(pages, **options)
+        self.errors: dict[int, StoreError] = {}
+        """By page."""
+        self.calls: list[str] = []
+        self.called = asyncio.Condition()
+        self.pause = 0.0
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self._busy: list[tuple[range, bool]] = []
+
+    def read_now(self, runs: Sequence[Run]) -> bool:
+        return False
+
+    async def _work(self, name: str, pages: range, changes: bool) -> None:
+        self.calls.append(name)
+        async with self.called:
+            self.called.notify_all()
+        met = [(other, both) for other, both in self._busy if range_of(other, pages)]
+        assert not any(changes or changed for _, changed in met), f"{name} {pages} meets {met}"
+        self._busy.append((pages, changes))
+        try:
+            await asyncio.sleep(self.pause)
+            await self.gate.wait()
+            for page in pages:
+                if page in self.errors:
+                    raise self.errors[page]
+        finally:
+            self._busy.remove((pages, changes))
+
+    async def read(self, runs: Sequence[Run]) -> None:
+        for run in runs:
+            await self._work("read", span(self, run), False)
+        MemoryStore.read_now(self, runs)
+
+    async def write(self, runs: Sequence[Run]) -> None:
+        for run in runs:
+            await self._work("write", span(self, run), True)
+        await super().write(runs)
+
+    async def discard(self, index: int, count: int) -> None:
+        await self._work("discard", range(index, index + count), True)
+        await super().discard(index, count)
+
+    async def flush(self) -> None:
+        await self._work("flush", range(0), False)
+
+
+def span(store: Store, run: Run) -> range:
+    return range(run.index, run.index + run.buffer.nbytes // store.page_size)
+
+
+def range_of(one: range, other: range) -> range:
+    """What two ranges have in common."""
+    return range(max(one.start, other.start), min(one.stop, other.stop))
+
+
+async def test_only_the_block_that_is_lost_cannot_be_read() -> None:
+    store = Picky(PAGES)
+    store.errors[3] = PageLostError("is gone", store="picky", page=3)
+    store.errors[5] = TransientError("is busy", store="picky", page=5)
+    store.errors[7] = StoreFailedError("is broken", store="picky", page=7)
+    expected = {3: Status.UNRECOVERED_READ, 5: Status.INTERRUPTED, 7: Status.INTERNAL_ERROR}
+
+    def work(server: Server) -> None:
+        with Host(server.address) as host:
+            buffer = memoryview(bytearray(4096))
+            found = {page: host.do(nvme.read(1, page, 1), into=buffer) for page in range(9)}
+            codes = {page: code_of(status) for page, status in found.items() if status}
+            assert codes == expected
+            assert [page for page in codes if nvme.retryable(found[page])] == [5]
+            assert code_of(host.do(nvme.read(1, 2, 3), into=memoryview(bytearray(3 * 4096)))) == (
+                Status.UNRECOVERED_READ
+            )
+            assert code_of(host.do(nvme.write(1, 5, 1), bytes(4096))) == Status.INTERRUPTED
+
+    await exported(work, store)
+
+
+async def test_commands_that_meet_on_a_page_take_turns(seed: int) -> None:
+    rng = random.Random(seed)
+    store = Picky(8)
+    store.pause = 0.0002
+    block = 512
+    wrote: dict[int, set[bytes]] = {at: {bytes(block)} for at in range(64)}
+
+    def work(server: Server) -> None:
+        with Host(server.address) as host:
+            host.add_queue()
+            for _ in range(40):
+                sent = [0, 0]
+                for number in range(24):
+                    count = rng.randrange(1, 17)
+                    first = rng.randrange(64 - count + 1)
+                    at = number % 2
+                    sent[at] += 1
+                    match rng.randrange(4):
+                        case 0:
+                            into = memoryview(bytearray(count * block))
+                            host.submit(nvme.read(1, first, count), into=into, at=at)
+                        case 1:
+                            host.submit(nvme.write_zeroes(1, first, count), at=at)
+                        case _:
+                            data = rng.randbytes(block)
+                            host.submit(nvme.write(1, first, count), data * count, at=at)
+                            for each in range(first, first + count):
+                                wrote[each].add(data)
+                for at in (0, 1):
+                    assert set(host.finish(sent[at], at).values()) == {0}
+            for at in range(64):
+                assert host.read(at, block=block) in wrote[at]
+
+    await exported(work, store, block_size=block)
+
+
+async def test_a_flush_covers_what_was_answered_and_is_shared() -> None:
+    store = Picky(PAGES)
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def work(server: Server) -> None:
+        with Host(server.address) as host:
+            host.write(1, bytes(4096))
+            loop.call_soon_threadsafe(store.gate.clear)
+            for _ in range(9):
+                host.submit(nvme.flush(1))
+            loop.call_soon_threadsafe(asked.set)
+            host.finish(9)
+            host.write(1, bytes(4096), fua=True)
+
+    async def open_the_gate() -> None:
+        await asked.wait()
+        async with store.called:
+            await store.called.wait_for(lambda: store.calls == ["write", "flush"])
+        store.gate.set()
+
+    opening = asyncio.create_task(open_the_gate())
+    await exported(work, store)
+    await opening
+    # The nine flushes became two: the one that had begun, and one for all who asked after that.
+    assert store.calls in (
+        ["write", "flush", "flush", "write", "flush", "flush"],
+        ["write", "flush", "write", "flush", "flush"],
+    )
+
+
+async def test_the_end_waits_for_what_is_in_the_store_and_flushes() -> None:
+    store = Picky(PAGES)
+    store.gate.clear()
+    server = await serve(store, nqn=SUBSYSTEM, listen=("127.0.0.1", 0))
+    host = await asyncio.to_thread(Host, server.address)
+    host.submit(nvme.write(1, 4, 1), b"x" * 4096)
+    async with store.called:
+        await store.called.wait_for(lambda: store.calls)
+    stopping = asyncio.create_task(server.stop())
+    with pytest.raises(EndedError):
+        await asyncio.to_thread(host.finish)
+    assert not stopping.done()
+    store.gate.set()
+    await stopping
+    assert store.calls == ["write", "flush"]
+    buffer = bytearray(4096)
+    await store.read([Run(4, memoryview(buffer))])
+    assert buffer == b"x" * 4096
+    host.close()
+    await server.stop()  # once more does nothing
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.7"])
+def test_who_can_be_reached_has_to_say_by_whom(host: str) -> None:
+    with pytest.raises(ValueError, match="not authenticated"):
+        check_exposure(host, None)
+    check_exposure(host, {"nqn.2026-01.test:friend"})
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_this_machine_is_not_exposed(host: str) -> None:
+    check_exposure(host, None)

@@ -77,18 +77,21 @@ def check_exposure(host: str, hosts: Collection[str] | None) -> None:
     than a name. Raises ValueError."""
     if hosts:
         return
-    try:
-        found = {str(ipaddress.ip_address(host))}
-    except ValueError:
-        try:
-            found = {str(info[4][0]) for info in socket.getaddrinfo(host or None, None)}
-        except OSError as error:
-            raise ValueError(f"{host}: {error.strerror}") from None
-    if not all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found):
+    found = {host or "::"}  # no host means every address
+    with contextlib.suppress(OSError):  # a name that is none cannot be listened on either
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host or "::", None)}
+    if not all(_is_loopback(address) for address in found):
         raise ValueError(
             f"{host or 'every address'} can be reached from outside, and hosts are not "
             "authenticated: name those that may connect, and keep to a private network"
         )
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
 
 
 class Server:
