@@ -43,8 +43,18 @@ class Wire:
             self.socket.sendall(data)
 
     def receive(self) -> list[object]:
-        """Wait for bytes, and say what follows from them."""
-        count = self.socket.recv_into(self.end.get_buffer())
+        """Wait for bytes, or for the time that the end waits for, and say what follows."""
+        timer = self.end.get_timer()
+        wait = PATIENCE_S if timer is None else min(timer - time.monotonic(), PATIENCE_S)
+        self.socket.settimeout(max(wait, 0.001))
+        try:
+            count = self.socket.recv_into(self.end.get_buffer())
+        except TimeoutError:
+            if timer is None or time.monotonic() < timer:
+                raise
+            return list(self.end.handle_timer(time.monotonic()))
+        except ConnectionResetError:
+            count = 0
         now = time.monotonic()
         if not count:
             return list(self.end.eof_received())
@@ -55,7 +65,7 @@ class Wire:
 
 
 class Host:
-    """A controller that is up, with one I/O queue."""
+    """A controller that is up, with its I/O queues."""
 
     def __init__(
         self,
@@ -64,6 +74,8 @@ class Host:
         subsystem: str = SUBSYSTEM,
         name: str = HOST,
         entries: int = 32,
+        queues: int = 1,
+        flow_control: bool = True,
         keep_alive: float = 0.0,
         options: Options | None = None,
     ) -> None:
@@ -72,22 +84,29 @@ class Host:
             host=name,
             host_id=HOST_ID,
             entries=entries,
+            queues=queues,
+            flow_control=flow_control,
             keep_alive_tmo=keep_alive,
             options=options or Options(),
         )
         self.address = address
         self.controller = host.Controller(settings, time.monotonic())
         self.admin = Wire(address, self.controller)
-        self.found = self._await(self.admin, host.Ready, host.Discovered)
         self.queues: list[Wire] = []
+        self.found = self.hear(host.Ready, host.Discovered)
         if isinstance(self.found, host.Ready):
-            self.add_queue()
+            for _ in range(self.found.queues):
+                self.add_queue()
 
     def add_queue(self) -> Wire:
         queue = self.controller.io_queue(len(self.queues) + 1, time.monotonic())
         self.queues.append(Wire(self.address, queue))
         self._await(self.queues[-1], Connected)
         return self.queues[-1]
+
+    def hear(self, *kinds: type) -> object:
+        """Wait for one of these events of the controller."""
+        return self._await(self.admin, *kinds)
 
     def _await(self, wire: Wire, *kinds: type) -> object:
         wire.send()
@@ -127,21 +146,27 @@ class Host:
         return done
 
     def do(
-        self, command: Command, data: Buffer | None = None, into: memoryview | None = None
+        self,
+        command: Command,
+        data: Buffer | None = None,
+        into: memoryview | None = None,
+        at: int = 0,
     ) -> int:
         """The status of one command."""
-        self.submit(command, data, into)
-        (status,) = self.finish().values()
+        self.submit(command, data, into, at)
+        (status,) = self.finish(at=at).values()
         return status
 
-    def read(self, first: int, count: int = 1, *, block: int = 4096) -> bytes:
+    def read(self, first: int, count: int = 1, *, block: int = 4096, at: int = 0) -> bytes:
         buffer = bytearray(b"\xaa" * (count * block))
-        status = self.do(nvme.read(1, first, count), into=memoryview(buffer))
+        status = self.do(nvme.read(1, first, count), into=memoryview(buffer), at=at)
         assert status == 0, nvme.status_name(status)
         return bytes(buffer)
 
-    def write(self, first: int, data: bytes, *, block: int = 4096, fua: bool = False) -> None:
-        status = self.do(nvme.write(1, first, len(data) // block, fua=fua), data)
+    def write(
+        self, first: int, data: bytes, *, block: int = 4096, fua: bool = False, at: int = 0
+    ) -> None:
+        status = self.do(nvme.write(1, first, len(data) // block, fua=fua), data, at=at)
         assert status == 0, nvme.status_name(status)
 
     def close(self) -> None:
