@@ -19,7 +19,6 @@ import signal
 import socket
 import stat
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,11 +26,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from packages import MissingError, provide
+
 SERIES = os.environ.get("USERSWAP_VM_KERNEL", "6.1")
 SLOW = float(os.environ.get("USERSWAP_TEST_SLOW", "1"))
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "userswap-vm"
 QEMU = "qemu-system-x86_64"
-BUSYBOX = "/usr/bin/busybox"
 PACKAGES = {QEMU: "qemu-system-x86", "busybox": "busybox-static"}
 BOOT_SECONDS = 120 * SLOW
 SAY_SECONDS = 60 * SLOW
@@ -64,26 +64,6 @@ while read -r line; do
 done
 poweroff -f
 """
-
-
-class MissingError(Exception):
-    """Something that a machine needs is not there and cannot be had."""
-
-
-def install(packages: dict[str, str]) -> None:
-    """Have the programs; as root on Debian they are installed where they are missing."""
-    missing = [package for program, package in packages.items() if not shutil.which(program)]
-    if not missing:
-        return
-    command = ["apt-get", "install", "-y", "--no-install-recommends", *missing]
-    if os.geteuid() or not shutil.which("apt-get"):
-        raise MissingError(f"missing: {' '.join(missing)}; on Debian: {' '.join(command)}")
-    print(f"this machine lacks {missing}; running as root: {' '.join(command)}", file=sys.stderr)
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
-    for step in (["apt-get", "update", "-q"], command):
-        done = subprocess.run(step, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise MissingError(f"{' '.join(step)}: {(done.stderr or done.stdout).strip()[-500:]}")
 
 
 class Kernel:
@@ -215,7 +195,7 @@ class Machine:
         files: dict[str, tuple[int, bytes]] | None = None,
         memory_mib: int = 256,
     ) -> None:
-        install(PACKAGES)
+        provide(PACKAGES)
         kernel = Kernel(SERIES)
         self.folder = folder
         with socket.create_server(("127.0.0.1", 0)) as free:

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import nvmet_host
-from machine import MissingError
 from nvmet_vm import Nvmet, target_machine
+from packages import MissingError
 
 WANTED = [name for name in os.environ.get("USERSWAP_SCENARIOS", "").split(",") if name]
 

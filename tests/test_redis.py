@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from packages import MissingError, provide
 from support import run_child
 from userswap.backends import redis_server
 from userswap.backends.conformance import CHECKS, Check, run
@@ -34,20 +35,6 @@ from userswap.backends.store import (
 
 PAGE = 4096
 PACKAGE = "redis-server"
-
-
-def find_server() -> str:
-    """Debian's server; as root it is installed where it is missing."""
-    if not shutil.which(PACKAGE) and os.geteuid() == 0 and shutil.which("apt-get"):
-        install = ["apt-get", "install", "-y", "--no-install-recommends", PACKAGE]
-        print(
-            f"this machine lacks {PACKAGE}; running as root: {' '.join(install)}", file=sys.stderr
-        )
-        # A server that nobody asked for shall not be started.
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
-        for command in (["apt-get", "update", "-q"], install):
-            subprocess.run(command, check=True, env=environment, capture_output=True)
-    return shutil.which(PACKAGE) or ""
 
 
 class Machine:
@@ -94,10 +81,11 @@ class Machine:
 
 @pytest.fixture(scope="session")
 def program() -> str:
-    found = find_server()
-    if not found:
-        pytest.skip(f"{PACKAGE} is missing: apt-get install {PACKAGE}")
-    return found
+    try:
+        provide({PACKAGE: PACKAGE})
+    except MissingError as error:
+        pytest.skip(str(error))
+    return shutil.which(PACKAGE) or ""
 
 
 @pytest.fixture
