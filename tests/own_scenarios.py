@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from exercise import PAGE, expect
@@ -30,6 +31,56 @@ class Inverted(MemoryStore):
                 if run.index + index // PAGE in self._pages:
                     part = run.buffer.cast("B")[index : index + PAGE]
                     part[:] = bytes(byte ^ 0xFF for byte in part)
+
+
+class Overtaken(MemoryStore):
+    """Holds writes of the first pages' even versions for a while, or until one overtakes them."""
+
+    HOT = 32
+    HOLD_S = 4.0
+
+    def __init__(self, pages: int) -> None:
+        super().__init__(pages)
+        self._held: dict[int, asyncio.Event] = {}
+
+    async def write(self, runs: Sequence[Run]) -> None:
+        kept = [Run(run.index, memoryview(bytes(run.buffer))) for run in runs]
+        hot = {page: version for run in kept for page, version in self._hot(run)}
+        overtaken = [self._held[page] for page in hot if page in self._held]
+        if hot and not overtaken and not any(version % 2 for version in hot.values()):
+            mine = asyncio.Event()
+            self._held.update(dict.fromkeys(hot, mine))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(mine.wait(), self.HOLD_S)
+            for page in hot:
+                self._held.pop(page, None)
+        await super().write(kept)
+        for held in overtaken:
+            held.set()
+
+    def _hot(self, run: Run) -> Iterator[tuple[int, int]]:
+        """The store's pages that hold one of the region's first, and the version: as stamped."""
+        for at in range(0, run.buffer.nbytes, PAGE):
+            word = int.from_bytes(run.buffer[at : at + 8], "little")
+            if word & 1 and word >> 32 < self.HOT:
+                yield run.index + at // PAGE, (word & 0xFFFFFFFF) >> 1
+
+
+def writes_that_overtake() -> None:
+    """A page is written to the store, comes back, is changed and written again."""
+    with Region(20 * MIB, resident=8 * MIB, store=Overtaken(1 << 20), prefetch="none") as region:
+        pages = region.size // PAGE
+
+        def write(first: int, end: int, version: int) -> None:
+            for page in range(first, end):
+                region.memory[page * PAGE : (page + 1) * PAGE] = stamp(page, version)
+
+        for version in range(0, 4, 2):
+            for turn in range(2):
+                write(0, Overtaken.HOT, version + turn)
+                write(Overtaken.HOT, pages, version + turn)
+            for page in range(Overtaken.HOT):
+                expect(copy_out(region, page) == stamp(page, version + 1), f"page {page} is lost")
 
 
 async def make(page_count: int, geometry: Geometry) -> Store:

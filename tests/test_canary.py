@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
+import own_scenarios
 import scenarios
 from proof import LOST, STUCK, Child, call
 from support import MOVER
@@ -58,16 +59,7 @@ CANARIES = [
     Canary(
         "late_store_write",
         16,
-        call(
-            scenarios.count,
-            seed=SEED,
-            store="trial:?write_delay=300ms&rare=24",
-            size=4 << 20,
-            resident=scenarios.LEAST,
-            steps=12_000,
-            burst=4,
-            hot=64,
-        ),
+        call(own_scenarios.writes_that_overtake),
         LOST,
         "move",
     ),
