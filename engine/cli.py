@@ -85,6 +85,7 @@ STORE_COMMANDS = (
 )
 NVME_COMMANDS = (
     Command("export", "userswap.engine.nvme_export", "let other machines page to a store of ours"),
+    Command("discover", "userswap.engine.nvme_discover", "what a target offers to this host"),
 )
 
 
@@ -115,7 +116,8 @@ GROUPS = {
         "WHAT",
         "stores of other machines, over NVMe/TCP",
         NVME_COMMANDS,
-        "  userswap nvme export --help",
+        "  userswap nvme export --store ram:lz4 --size 4GiB\n"
+        "  userswap nvme discover 127.0.0.1:4420",
     ),
 }
 

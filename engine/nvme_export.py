@@ -25,7 +25,9 @@ from uuid import UUID, uuid4, uuid5
 
 from userswap.backends import registry
 from userswap.backends.grammar import format_size, parse_size, without_password
+from userswap.backends.nvme_tcp.identify import DISCOVERY_NQN
 from userswap.backends.nvme_tcp.server import BLOCK_SIZES, Rules, check_exposure, serve
+from userswap.backends.nvme_tcp.url import is_nqn
 from userswap.backends.store import PAGE_SIZE, Geometry, Store
 from userswap.backends.volume import Volume, open_volume
 from userswap.backends.window import Window
@@ -35,7 +37,6 @@ from userswap.engine.stores import open_store
 
 SCHEMA = "userswap.nvme.export/1"
 LISTEN = "127.0.0.1:4420"
-NQN_BYTES = 223
 NAME_BYTES = 88
 """Of an extent's name."""
 OUR_NAMES = UUID("6f0f3c52-6d1f-4a52-9d1c-6f5a3f0a8f31")
@@ -101,7 +102,8 @@ def run(arguments: argparse.Namespace) -> int:
     registry.parse(url)
     nqn = arguments.nqn or _own_nqn(url)
     for name in (nqn, *arguments.allow_host):
-        _check_nqn(name)
+        if not is_nqn(name) or name == DISCOVERY_NQN:
+            raise ConfigError(f"{name!r} is no NQN: use one such as nqn.2026-01.org.example:swap")
     if arguments.connections < 2 or not 1 <= arguments.queues <= 64:
         raise ConfigError("--connections: use 2 or more; --queues: use 1 to 64")
     allowed = frozenset(arguments.allow_host) or None
@@ -128,6 +130,10 @@ def parse_address(text: str) -> tuple[str, int]:
     return match[1] or match[2], port
 
 
+def address_text(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _own_nqn(url: str) -> str:
     """The same for the same store on the same machine."""
     try:
@@ -135,13 +141,6 @@ def _own_nqn(url: str) -> str:
     except OSError:
         machine = os.uname().nodename
     return f"nqn.2014-08.org.nvmexpress:uuid:{uuid5(OUR_NAMES, f'{machine} {url}')}"
-
-
-def _check_nqn(name: str) -> None:
-    plain = name.isascii() and name.isprintable() and " " not in name
-    if not plain or not name.startswith("nqn.") or len(name) > NQN_BYTES:
-        example = "nqn.2026-01.org.example:swap"
-        raise ConfigError(f"{name!r} is no NQN: use a name such as {example}")
 
 
 def extent_name(nqn: str) -> str:
@@ -230,7 +229,7 @@ def _announce(
     arguments: argparse.Namespace, address: tuple[str, int], nqn: str, exported: Exported
 ) -> None:
     host, port = address
-    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    where = address_text(host, port)
     store = exported.store
     size = store.page_count * store.page_size
     document = {

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import signal
 import socket
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from nvme import HOST, HOST_ID, SUBSYSTEM
 from userswap.backends.memory import MemoryStore
 from userswap.backends.nvme_tcp import command as nvme
 from userswap.backends.nvme_tcp import controller as host
 from userswap.backends.nvme_tcp.command import Command
+from userswap.backends.nvme_tcp.identify import Namespace
 from userswap.backends.nvme_tcp.pdu import Buffer
 from userswap.backends.nvme_tcp.qpair import Completed, Connected, Options, QueuePair, Terminated
 from userswap.backends.nvme_tcp.server import Server, serve
@@ -169,6 +175,14 @@ class Host:
         status = self.do(nvme.write(1, first, len(data) // block, fua=fua), data, at=at)
         assert status == 0, nvme.status_name(status)
 
+    def do_flush(self) -> None:
+        assert self.do(nvme.flush(1)) == 0
+
+    def namespace(self) -> Namespace:
+        """As it was when the controller came up."""
+        assert isinstance(self.found, host.Ready)
+        return self.found.namespace
+
     def close(self) -> None:
         for wire in (*self.queues, self.admin):
             wire.close()
@@ -193,3 +207,28 @@ async def exported(work: Callable[[Server], T], store: Store | None = None, **ch
         result = await asyncio.to_thread(work, server)
     await store.aclose()
     return result
+
+
+@contextmanager
+def exporting(
+    store: str, *options: str, size: str = "64MiB", nqn: str = SUBSYSTEM, prefix: Sequence[str] = ()
+) -> Iterator[tuple[subprocess.Popen[str], Address, dict[str, Any]]]:
+    """`userswap nvme export` in a process of its own, which has to end well; where it listens and
+    all that it said. `prefix` is what runs it; `size` empty leaves the size out."""
+    command = [*prefix, sys.executable, "-P", "-m", "userswap", "nvme", "export", "--json"]
+    command += ["--store", store, "--nqn", nqn, *(["--size", size] if size else [])]
+    command += options or ["--listen", "127.0.0.1:0"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        line = child.stdout.readline()
+        said = json.loads(line or child.stderr.read())
+        host, _, port = said["address"].rpartition(":")
+        yield child, (host, int(port)), said
+        child.send_signal(signal.SIGTERM)
+        _, errors = child.communicate(timeout=PATIENCE_S)
+        assert (child.returncode, "Traceback" in errors) == (0, False), errors
+    finally:
+        child.kill()
+        child.communicate()

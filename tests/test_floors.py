@@ -64,8 +64,12 @@ FLOORS = {
 }
 # What everybody may know of backends/: the interface, the grammar, who finds the rest, volumes.
 SEAM = {f"userswap.backends{name}" for name in ("", ".store", ".grammar", ".registry", ".volume")}
-# What commands may know beside it: an extent as a store, and who exports a store.
-COMMANDS = {f"userswap.backends.{name}" for name in ("window", "nvme_tcp", "nvme_tcp.server")}
+# What commands may know beside it: an extent as a store; who exports stores, and finds them.
+COMMANDS = {f"userswap.backends.{name}" for name in ("window", "nvme_tcp")}
+COMMANDS |= {
+    f"userswap.backends.nvme_tcp.{name}"
+    for name in ("discovery", "identify", "pdu", "server", "url")
+}
 # What stores may know of each other: how values are encoded, where filters keep bytes per page;
 # and the parts of volumes, and of one store, of each other.
 SHARED = {"userswap.backends.values"}

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import resource
-import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from daemons import wait_for
 from nvme import HOST, SUBSYSTEM
-from nvme_socket import Address, EndedError, Host, exported
+from nvme_socket import EndedError, Host, exported, exporting
 from userswap.backends.nvme_tcp import command as nvme
 from userswap.backends.nvme_tcp import pdu
 from userswap.backends.nvme_tcp.command import FABRICS, Connect
@@ -38,26 +32,6 @@ GROWTH_MAX = 32 << 20
 def many_files() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
-
-
-@contextmanager
-def target(*options: str) -> Iterator[tuple[subprocess.Popen[str], Address]]:
-    """A target in a process of its own, which has to end well."""
-    command = [sys.executable, "-P", "-m", "userswap", "nvme", "export", "--json"]
-    command += ["--store", "ram:lz4", "--size", "64MiB", "--listen", "127.0.0.1:0"]
-    command += ["--nqn", SUBSYSTEM, *options]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert child.stdout is not None
-        said = json.loads(child.stdout.readline())
-        host, _, port = said["address"].rpartition(":")
-        yield child, (host, int(port))
-        child.send_signal(signal.SIGTERM)
-        _, errors = child.communicate(timeout=30)
-        assert (child.returncode, "Traceback" in errors) == (0, False), errors
-    finally:
-        child.kill()
-        child.communicate()
 
 
 def rss(pid: int) -> int:
@@ -127,7 +101,7 @@ class Worker(threading.Thread):
 def test_a_flood_costs_little_and_harms_no_host() -> None:
     said = [nothing(), half_an_ic_req(), half_a_connect()]
     said += [endless_pdu(), endless_ic_req(), garbage()]
-    with target() as (child, address), Host(address) as host:
+    with exporting("ram:lz4") as (child, address, _), Host(address) as host:
         worker = Worker(host)
         worker.start()
         before = rss(child.pid)

@@ -103,6 +103,8 @@ class Server:
         serial = hashlib.blake2b(nqn.encode(), digest_size=10).hexdigest()
         self.target = Target(nqn, {NSID: blocks.namespace}, rules, serial=serial)
         self.loop = asyncio.get_running_loop()
+        self.address = ("", 0)
+        """Where it listens, with the port that port 0 became."""
         self.connections: dict[Session, Connection] = {}
         self.counts: Counter[str] = Counter()
         self.tasks: set[asyncio.Task[None]] = set()
@@ -115,14 +117,9 @@ class Server:
         self._listener = await self.loop.create_server(
             lambda: Connection(self), host or None, port, backlog=128
         )
+        address = self._listener.sockets[0].getsockname()
+        self.address = (str(address[0]), int(address[1]))
         self._watch = asyncio.create_task(self._watch_time())
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """Where it listens, with the port that port 0 became."""
-        assert self._listener is not None
-        host, port, *_ = self._listener.sockets[0].getsockname()
-        return host, port
 
     def stats(self) -> dict[str, int]:
         """Counters since the start, and what there is now."""
