@@ -1,5 +1,8 @@
 """A namespace as a store: the contract over loopback, and what may stand in its URL."""
 
+import asyncio
+from typing import Any
+
 import pytest
 
 from nvme_remote import NQN, Remote, served, url
@@ -9,7 +12,7 @@ from userswap.backends.harness import perform
 from userswap.backends.memory import MemoryStore
 from userswap.backends.nvme_tcp.server import serve
 from userswap.backends.registry import open_stack
-from userswap.backends.store import Geometry, StoreFailedError
+from userswap.backends.store import Geometry, Run, StoreFailedError
 
 DIGESTS = ("off", "off"), ("on", "off"), ("off", "on"), ("on", "on")
 CONTRACT = [c for c in CHECKS if c.__name__ != "check_opened_by_one_at_a_time"]
@@ -86,3 +89,24 @@ async def test_ipv6() -> None:
         store = await open_stack(url(server.address), Geometry(16))
         assert "[::1]" in store.space
         await store.aclose()
+
+
+async def test_answers_behind_the_one_that_loses_the_association() -> None:
+    broken: list[dict[str, Any]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: broken.append(context))
+    async with served() as server:
+        store = await open_stack(url(server.address, reconnect_delay="10ms"), Geometry(64))
+        await store.write([Run(0, memoryview(b"x" * 4096 * 16))])
+        namespace = server.target.namespaces.pop(1)  # and nobody is told
+        pages = [bytearray(4096) for _ in range(16)]
+        reads = [store.read([Run(n, memoryview(page))]) for n, page in enumerate(pages)]
+        reading = asyncio.gather(*reads)
+        while store.counters.attempts < 2:  # type: ignore[attr-defined]  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        assert not reading.done()
+        server.target.namespaces[1] = namespace
+        await reading
+        assert pages == [b"x" * 4096] * 16
+        await store.aclose()
+    assert broken == []

@@ -215,7 +215,9 @@ class IoQueue:
     def _told(self, events: list[QueueEvent]) -> None:
         for event in events:
             if isinstance(event, Completed):
-                request = self.outstanding.pop(event.cid)
+                request = self.outstanding.pop(event.cid, None)
+                if request is None:
+                    continue  # an answer before it lost the association, which took all requests
                 request.queue = None
                 self._owner.completed(request, event.status)
             elif isinstance(event, Connected):
