@@ -84,8 +84,11 @@ SHARED |= {"userswap.backends.nvme_tcp.native_queue"}
 SHARED |= {
     f"userswap.backends.nvme_tcp.target_{name}" for name in ("queue", "controller", "blocks")
 }
-SHARED |= {f"userswap.backends.nvme_tcp.{name}" for name in ("host", "reconnect", "url")}
-SHARED |= {"userswap.backends.nvme_tcp"}
+SHARED |= {
+    f"userswap.backends.nvme_tcp.{name}"
+    for name in ("host", "reconnect", "url", "lease", "namespace")
+}
+SHARED |= {"userswap.backends.nvme_tcp", "userswap.backends.nvme_tcp.unflushed"}
 IMPURE = {"asyncio", "os", "random", "socket", "subprocess", "threading", "time"}
 
 
@@ -210,7 +213,15 @@ def test_policies_are_pure() -> None:
 
 def test_protocols_are_pure() -> None:
     # All of the package but the modules that give it sockets and stores.
-    shell = {"host.py", "reconnect.py", "store.py", "server.py", "target_blocks.py"}
+    shell = {
+        "host.py",
+        "lease.py",
+        "namespace.py",
+        "reconnect.py",
+        "store.py",
+        "server.py",
+        "target_blocks.py",
+    }
     assert [
         f"{place(path)} imports {name}"
         for path, name in package_imports()

@@ -15,10 +15,9 @@ from userswap.backends.registry import open_stack
 from userswap.backends.store import Geometry, Run, StoreFailedError
 
 DIGESTS = ("off", "off"), ("on", "off"), ("off", "on"), ("on", "on")
-CONTRACT = [c for c in CHECKS if c.__name__ != "check_opened_by_one_at_a_time"]
 
 
-@pytest.mark.parametrize("check", CONTRACT)
+@pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("digests", DIGESTS)
 @pytest.mark.parametrize("block_size", [512, 4096])
 async def test_the_contract(block_size: int, digests: tuple[str, str], check: Check) -> None:

@@ -107,6 +107,8 @@ class HostConnection(asyncio.BufferedProtocol, Generic[Event]):
         self._transport: asyncio.Transport | None = None
         self._paused = False
         self._timer: asyncio.TimerHandle | None = None
+        self.was_closed = False
+        """the peer closed it: it has done with what it had"""
 
     # --- for the owner ---
 
@@ -147,11 +149,14 @@ class HostConnection(asyncio.BufferedProtocol, Generic[Event]):
         self.transmit()
 
     def eof_received(self) -> None:
+        self.was_closed = self._queue.error is None
         self._tell(self._end.eof_received())
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._disarm()
+        if isinstance(exc, ConnectionResetError | BrokenPipeError):
+            self.was_closed = self._queue.error is None
         self._tell(self._end.eof_received())
 
     def pause_writing(self) -> None:
@@ -250,6 +255,12 @@ class HostController:
         self._up: asyncio.Future[None] = loop.create_future()
         self._left: asyncio.Future[None] = loop.create_future()
         self._entries: tuple[identify.Entry, ...] = ()
+
+    @property
+    def was_closed(self) -> bool:
+        """By the controller, and not by this end, which gave it up."""
+        connections = [self.connection.was_closed, *(q.connection.was_closed for q in self.queues)]
+        return any(connections)
 
     @property
     def ready(self) -> Ready:

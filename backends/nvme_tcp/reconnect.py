@@ -31,6 +31,8 @@ log = logging.getLogger("userswap.nvme")
 
 NAME = "nvme+tcp"
 TRIES = 6
+SILENCE_S = 30.0
+"""After which a controller that knows no keep-alive is believed to have forgotten us."""
 AGAIN_S = 0.01
 """Before a command is tried for the second time; doubled each time."""
 _NO_WAY = {Status.INVALID_NAMESPACE, Status.NAMESPACE_NOT_READY}
@@ -49,8 +51,8 @@ class Counters:
     """commands that an association did not answer, sent through the next"""
     retried: int = 0
     """commands that a controller wanted to be tried again"""
-    restored_pages: int = 0
-    """written or discarded once more, because no flush had confirmed them"""
+    rewritten: int = 0
+    """commands that were answered, and sent once more because no flush had confirmed them"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,10 @@ class _Call:
 
 
 class Path:
-    """See the module. `restore` is awaited with each association before users' requests go."""
+    """See the module. `restore` is awaited with each association before users' requests go.
+
+    `left` is told of the commands that a lost association may still obey, and for how long.
+    """
 
     def __init__(
         self,
@@ -95,6 +100,7 @@ class Path:
         *,
         name: str,
         restore: Callable[[HostController], Awaitable[None]],
+        left: Callable[[list[Request], float], None],
     ) -> None:
         self.counters = Counters()
         self.association: HostController | None = None
@@ -105,11 +111,13 @@ class Path:
         self._patience = patience
         self._name = name
         self._restore = restore
+        self._left = left
         self._is_restored = False
         self._urgent: deque[Request] = deque()
         self._waiting: deque[Request] = deque()
         self._resting: dict[Request, asyncio.TimerHandle] = {}
         self._reconnecting: asyncio.Task[None] | None = None
+        self._back: asyncio.Future[None] | None = None
         self._last_attempt = float("-inf")
         self._loop = asyncio.get_running_loop()
 
@@ -161,6 +169,14 @@ class Path:
         if status := await self.run(command, data=data, into=into):
             raise CommandError(what, status)
 
+    async def wait(self) -> None:
+        """Return when there is a way; raise when there will be none."""
+        while not self._is_restored and self.error is None:
+            self._back = self._back or self._loop.create_future()
+            await asyncio.wait([self._back])
+        if self.error is not None:
+            raise self.error
+
     def abandon(self, request: Request) -> None:
         """Take its buffer away from a request that nobody waits for any more. What was to be
         written still is, from a copy, and its owner still learns of it; a read is forgotten."""
@@ -193,6 +209,10 @@ class Path:
 
     def lost(self, error: ProtocolError, unfinished: list[Request]) -> None:
         """Nothing of it is there any more; everybody waits."""
+        if self.association is not None and not self.association.was_closed:
+            # A controller that cannot tell us that it has ended notices our silence in this time.
+            quiet = 2 * self._settings.keep_alive_tmo or SILENCE_S
+            self._left(unfinished, quiet)
         self.association = None
         self._is_restored = False
         # Those that `run` sent are for this association only; whoever restores begins anew.
@@ -279,7 +299,13 @@ class Path:
             association.drop()
             raise
         self._is_restored = True
+        self._wake()
         self._pump()
+
+    def _wake(self) -> None:
+        if self._back is not None:
+            self._back.set_result(None)
+            self._back = None
 
     async def _reconnect(self) -> None:
         patience, began = self._patience, self._loop.time()
@@ -292,14 +318,17 @@ class Path:
                     log.warning("%s: no way back yet (%s)", self._name, why)
                 if end is not None and self._loop.time() >= end:
                     over = f"{why}; ctrl_loss_tmo={patience.loss_tmo:g}s is over"
-                    self._fail(self._failure(over))
+                    self.fail(self._failure(over))
         except StoreFailedError as error:
-            self._fail(error)
+            self.fail(error)
         self._reconnecting = None
         if self.error is None:
             self.counters.reconnected += 1
             lasted = self._loop.time() - began
-            log.warning("%s: back after %.2f s", self._name, lasted)
+            again = self.counters.rewritten
+            log.warning(
+                "%s: back after %.2f s; %d commands rewritten so far", self._name, lasted, again
+            )
 
     async def _attempt(self, end: float | None) -> str | None:
         """Try once, not too soon after the last time: None when it worked, or else why it did not,
@@ -317,8 +346,10 @@ class Path:
             return str(error)
         return None
 
-    def _fail(self, error: StoreFailedError) -> None:
+    def fail(self, error: StoreFailedError) -> None:
         """For good."""
+        if self.error is not None:
+            return
         log.error("%s", error)
         association = self._end(error)
         if association is not None:
@@ -327,6 +358,7 @@ class Path:
     def _end(self, error: StoreFailedError) -> HostController | None:
         """Everything fails from here on; the association, whose I/O queues have ended."""
         self.error = self.error or error
+        self._wake()
         association, self.association = self.association, None
         queues = association.queues if association is not None else []
         unfinished = [request for queue in queues for request in queue.outstanding.values()]

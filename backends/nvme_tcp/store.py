@@ -1,34 +1,36 @@
 """`nvme+tcp://host:port/NQN` keeps pages in the blocks of a namespace on another machine.
 
-Responsible for: pages as commands on blocks, split as the controller wants it; discarded pages that
-read as zeros; and what an answer means for a page. Operations wait, and do not fail, while the
-target cannot be reached. The last 4 KiB of a namespace are not pages.
+Responsible for: pages as commands, split as the controller wants it, and what an answer means for a
+page. Operations wait, and do not fail, while the target cannot be reached, for `ctrl_loss_tmo`.
+Options: those of userswap.backends.nvme_tcp.url.
 
 Invariants:
  1. A buffer belongs to its requests until they ended or were abandoned; a cancelled read's is never
     written to again, and a cancelled write goes on from a copy.
  2. Of two operations on a page of which one writes, the second is not sent before the first has
-    ended, though its caller was cancelled.
+    ended, though its caller was cancelled; nor, if it writes, while a connection that was given up
+    may still bring the first to the target.
 
-Discard is Write Zeroes, which may also deallocate: Dataset Management promises nothing, not even
-where deallocated blocks read as zeros, since a controller may do nothing at all. It is a hint that
-follows zeros that were written.
+Discard is Write Zeroes, which may deallocate too. Dataset Management alone promises nothing, not
+even where deallocated blocks read as zeros: a controller may leave them as they are.
 
-Must not know: connections (reconnect.py), volumes, the engine.
+Must not know: connections (reconnect.py), what was lost with them (namespace.py), volumes.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from userswap.backends.grammar import LayerSpec, format_size
 from userswap.backends.nvme_tcp import command as nvme
-from userswap.backends.nvme_tcp import identify
-from userswap.backends.nvme_tcp.command import Status, code_of, status_name
-from userswap.backends.nvme_tcp.host import HostController, Request
+from userswap.backends.nvme_tcp.command import Command, Status, code_of, status_name
+from userswap.backends.nvme_tcp.host import Request
+from userswap.backends.nvme_tcp.namespace import RemoteNamespace
 from userswap.backends.nvme_tcp.pdu import Buffer
-from userswap.backends.nvme_tcp.reconnect import NAME, Counters, Path
+from userswap.backends.nvme_tcp.reconnect import NAME, Counters
+from userswap.backends.nvme_tcp.unflushed import UNIT, Unflushed
 from userswap.backends.nvme_tcp.url import Place, parse_place
 from userswap.backends.store import (
     PAGES_MAX,
@@ -43,15 +45,8 @@ from userswap.backends.store import (
     pages_of,
 )
 
-UNIT = 4096
-"""Of what commands are made of, in bytes: pages and transfers are whole multiples."""
-TRANSFER_MAX = 1 << 20
-ZEROES_MAX = 32 << 20
-"""Bytes of one Write Zeroes, which a target may have to write."""
-ZEROES_AT_ONCE = 32
-BLOCKS_MAX = 1 << 16  # of one command
-ONCS_NOT_SUPPORTED = 0x180
-_NOT_DONE = {Status.INVALID_OPCODE, Status.INVALID_FIELD, ONCS_NOT_SUPPORTED}
+UNFLUSHED_MAX = 16 << 20
+"""Bytes kept for a target with a volatile cache; from half of it on the store flushes by itself."""
 _OF_ALL = {
     Status.NAMESPACE_WRITE_PROTECTED,
     Status.RESERVATION_CONFLICT,
@@ -66,19 +61,40 @@ _OF_ALL = {
 
 
 class _Transfer:
-    """Requests that are awaited together."""
+    """Requests that are awaited together. `kept` is where what they write is kept."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        kept: Unflushed | None = None,
+        *,
+        zeroes: bool = False,
+    ) -> None:
+        self.kept = kept
+        self.zeroes = zeroes
         self.future: asyncio.Future[None] = loop.create_future()
         self.requests: list[Request] = []
         self.left = 0
         self.failures: list[tuple[Request, int]] = []
         self.error: Exception | None = None
 
+    def add(
+        self,
+        command: Command,
+        unit: int,
+        units: int,
+        *,
+        data: Buffer | None = None,
+        into: memoryview | None = None,
+    ) -> None:
+        self.requests.append(Request(command, self, data=data, into=into, unit=unit, units=units))
+
     def ended(self, request: Request, status: int) -> None:
         if status:
             self.failures.append((request, status))
         else:
+            if self.kept is not None:
+                self._keep(self.kept, request)
             request.into = request.data = None
         self._one_less()
 
@@ -87,12 +103,32 @@ class _Transfer:
         self.error = error
         self._one_less()
 
+    def _keep(self, kept: Unflushed, request: Request) -> None:
+        if self.zeroes:
+            kept.zeroed(request.unit, request.units)
+        elif request.data is not None:
+            kept.wrote(request.unit, request.data)
+
     def _one_less(self) -> None:
         self.left -= 1
         if not self.left:
             self.requests.clear()
             if not self.future.done():
                 self.future.set_result(None)
+
+
+@dataclass(slots=True, eq=False)
+class _Unsettled:
+    """Pages that something still concerns that nobody awaits."""
+
+    pages: range
+    until: asyncio.Future[None]
+    readable: bool
+    """they are what they will be, unless they are written to now"""
+
+    def meets(self, spans: Sequence[range]) -> bool:
+        pages = self.pages
+        return any(span.start < pages.stop and pages.start < span.stop for span in spans)
 
 
 class NvmeStore(Store):
@@ -103,29 +139,34 @@ class NvmeStore(Store):
     def __init__(self, place: Place, geometry: Geometry) -> None:
         self.page_size = geometry.page_size
         self.page_count = geometry.page_count or 0
-        self._place = place
-        self._nsid = place.settings.nsid
+        self._per_page = self.page_size // UNIT
         self._loop = asyncio.get_running_loop()
-        self._path = Path(
-            place.address, place.settings, place.patience, name=place.name, restore=self._restore
-        )
-        self._namespace: identify.Namespace | None = None
-        self._block = UNIT
-        self._transfer = TRANSFER_MAX
-        self._zeroes = 0
-        """Bytes of one Write Zeroes; 0: zeros are written."""
-        self._has_cache = False
-        self._unsettled: list[tuple[range, asyncio.Future[None]]] = []
-        """Pages that cancelled writes and discards still concern."""
+        self._namespace = RemoteNamespace(place, self._left_at_target)
+        self._path = self._namespace.path
+        self._flushing: asyncio.Task[None] | None = None
+        self._unsettled: list[_Unsettled] = []
         self._doubtful: set[int] = set()
         """Pages that were not written properly: neither old nor new."""
+        self._closed = False
 
     async def open(self) -> None:
+        """What hinders it is not waited out."""
+        namespace = self._namespace
         try:
             await self._path.open()
+            room = min(namespace.units // self._per_page, PAGES_MAX)
+            if room < max(self.page_count, 1):
+                asked, has = (size * self.page_size for size in (self.page_count, room))
+                why = f"has room for {format_size(has)}, not for {format_size(asked)}"
+                raise namespace.refused(why)
+            if namespace.lease.is_known:
+                await namespace.take()
         except BaseException:
-            await self._path.aclose()
+            await self.aclose()
             raise
+        self.page_count = self.page_count or room
+        size, block = format_size(namespace.units * UNIT), namespace.block
+        self.space = f"{namespace.name}: {size} in blocks of {block} bytes, {namespace.queues}"
 
     @property
     def counters(self) -> Counters:
@@ -133,8 +174,10 @@ class NvmeStore(Store):
 
     async def read(self, runs: Sequence[Run]) -> None:
         spans = [pages_of(self, run) for run in runs]
-        await self._ready(spans)
-        if self._doubtful:
+        self._check_open()
+        if self._unsettled:
+            await self._settled(spans, writes=False)
+        if self._doubtful or self._namespace.lease.is_foreign:
             self._refuse_doubtful(spans)
         transfer = self._transfer_of(runs, writes=False)
         await self._perform(transfer)
@@ -143,7 +186,7 @@ class NvmeStore(Store):
 
     async def write(self, runs: Sequence[Run]) -> None:
         spans = [pages_of(self, run) for run in runs]
-        await self._ready(spans)
+        await self._ready_to_write(spans)
         transfer = self._transfer_of(runs, writes=True)
         await self._perform(transfer, spans)
         if transfer.failures:
@@ -152,91 +195,136 @@ class NvmeStore(Store):
 
     async def discard(self, index: int, count: int) -> None:
         pages = pages_between(self, index, count)
-        await self._ready([pages])
-        per_page = self.page_size // UNIT
-        at, end = pages.start * per_page, pages.stop * per_page
+        await self._ready_to_write([pages], everything=count == self.page_count)
+        namespace = self._namespace
+        at, end = pages.start * self._per_page, pages.stop * self._per_page
         while at < end:
-            transfer, stop = self._zeroing(at, end)
-            touched = range(at // per_page, -(-stop // per_page))
+            transfer = _Transfer(self._loop, namespace.unflushed, zeroes=True)
+            for unit, units, command, data in namespace.zeros(at, end):
+                transfer.add(command, unit, units, data=data)
+            stop = transfer.requests[-1].unit + transfer.requests[-1].units
+            touched = range(at // self._per_page, -(-stop // self._per_page))
             await self._perform(transfer, [touched])
             if not transfer.failures:
                 at = stop
-            elif not self._zero_otherwise(transfer.failures[0][1]):
+            elif not namespace.zeros_otherwise(transfer.failures[0][1]):
                 raise self._error(*transfer.failures[0])
         self._clear_doubt([pages])
+        if count and (hint := namespace.hint(pages.start * self._per_page, end)) is not None:
+            transfer = _Transfer(self._loop)
+            transfer.add(
+                hint[0], pages.start * self._per_page, count * self._per_page, data=hint[1]
+            )
+            await self._perform(transfer, [pages])
 
     async def flush(self) -> None:
-        await self._ready([])
-        if not self._has_cache:
+        self._check_open()
+        kept = self._namespace.unflushed
+        if kept is None:
             return
+        mark = kept.seal()
         transfer = _Transfer(self._loop)
-        transfer.requests.append(Request(nvme.flush(self._nsid), transfer))
+        transfer.add(nvme.flush(self._namespace.nsid), 0, 0)
         await self._perform(transfer)
         for _, status in transfer.failures:
-            raise StoreFailedError(f"{self._place.name}: flush: {status_name(status)}", store=NAME)
+            raise self._namespace.refused(f"cannot be flushed: {status_name(status)}")
+        kept.confirm(mark)
 
     async def aclose(self) -> None:
-        await self._path.aclose()
+        if self._closed:
+            return
+        self._closed = True
+        if self._flushing is not None:
+            self._flushing.cancel()
+            await asyncio.wait([self._flushing])
+        await self._namespace.aclose()
 
-    # --- inside ---
+    # --- whose turn it is ---
 
-    async def _ready(self, spans: Sequence[range]) -> None:
-        """Return when nothing that was left behind concerns these pages any more."""
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreFailedError("is closed", store=NAME)
         if self._path.error is not None:
             raise StoreFailedError(str(self._path.error.args[0]), store=NAME)
-        while unsettled := [
-            future
-            for pages, future in self._unsettled
-            if any(pages.start < span.stop and span.start < pages.stop for span in spans)
+
+    async def _ready_to_write(self, spans: Sequence[range], *, everything: bool = False) -> None:
+        self._check_open()
+        if not self._namespace.lease.is_taken:
+            await self._namespace.take(everything=everything)
+        kept = self._namespace.unflushed
+        if kept is not None and kept.size > UNFLUSHED_MAX // 2:
+            if self._flushing is None:
+                self._flushing = self._loop.create_task(self._flush_aside())
+            while kept.size > UNFLUSHED_MAX and self._flushing is not None:
+                await asyncio.wait([self._flushing])
+        if self._unsettled:
+            await self._settled(spans, writes=True)
+
+    async def _settled(self, spans: Sequence[range], *, writes: bool) -> None:
+        """Return when nothing that was left behind concerns these pages any more."""
+        while until := [
+            each.until
+            for each in self._unsettled
+            if (writes or not each.readable) and each.meets(spans)
         ]:
-            await asyncio.wait(unsettled)
+            await asyncio.wait(until)
+
+    def _settles(self, entries: list[_Unsettled]) -> None:
+        self._unsettled += entries
+
+        def forget(_: asyncio.Future[None]) -> None:
+            self._unsettled = [each for each in self._unsettled if each not in entries]
+
+        entries[0].until.add_done_callback(forget)
+
+    def _leave_behind(self, transfer: _Transfer, spans: Sequence[range]) -> None:
+        """Whoever awaited what writes these pages is gone."""
+        if not transfer.left:
+            return
+        transfer.future = self._loop.create_future()
+
+        def ended(_: asyncio.Future[None]) -> None:
+            for request, _status in transfer.failures:
+                self._doubtful.update(self._pages(request))
+
+        transfer.future.add_done_callback(ended)
+        self._settles([_Unsettled(span, transfer.future, readable=False) for span in spans])
+
+    def _left_at_target(self, requests: list[Request], quiet: float) -> None:
+        """What the lost association may still obey must not undo what is written from now on."""
+        spans = [self._pages(r) for r in requests if r.units and r.command.opcode != nvme.Io.READ]
+        if spans:
+            until = self._loop.create_future()
+            self._settles([_Unsettled(span, until, readable=True) for span in spans])
+            self._loop.call_later(quiet, until.set_result, None)
+
+    async def _flush_aside(self) -> None:
+        try:
+            await self.flush()
+        except StoreError as error:
+            self._path.fail(StoreFailedError(str(error.args[0]), store=NAME))
+        finally:
+            self._flushing = None
+
+    # --- transfers ---
 
     def _transfer_of(self, runs: Sequence[Run], *, writes: bool) -> _Transfer:
-        transfer = _Transfer(self._loop)
+        transfer = _Transfer(self._loop, self._namespace.unflushed if writes else None)
         for run in runs:
-            whole = run.buffer.cast("B")
-            first = run.index * (self.page_size // UNIT)
-            for at in range(0, len(whole), self._transfer):
-                part = whole[at : at + self._transfer]
-                transfer.requests.append(self._request(transfer, first + at // UNIT, part, writes))
+            self._add(transfer, run.index, run.buffer.cast("B"), writes)
         return transfer
 
-    def _request(self, transfer: _Transfer, unit: int, part: Buffer, writes: bool) -> Request:
-        length = len(part)
-        first, blocks = unit * UNIT // self._block, length // self._block
-        units = length // UNIT
-        if writes:
-            write = nvme.write(self._nsid, first, blocks)
-            return Request(write, transfer, data=part, unit=unit, units=units)
-        assert isinstance(part, memoryview)
-        read = nvme.read(self._nsid, first, blocks)
-        return Request(read, transfer, into=part, unit=unit, units=units)
-
-    def _zeroing(self, at: int, end: int) -> tuple[_Transfer, int]:
-        """Zeros for some of the units up to `end`, and where they stop."""
-        transfer = _Transfer(self._loop)
-        step = (self._zeroes or self._transfer) // UNIT
-        zeros = b"" if self._zeroes else bytes(self._transfer)
-        stop = min(at + step * ZEROES_AT_ONCE, end)
-        assert self._namespace is not None
-        for unit in range(at, stop, step):
-            units = min(step, stop - unit)
-            if not self._zeroes:
-                part = zeros[: units * UNIT]
-                transfer.requests.append(self._request(transfer, unit, part, writes=True))
-                continue
-            first, blocks = unit * UNIT // self._block, units * UNIT // self._block
-            deallocate = self._namespace.zeroing
-            zero = nvme.write_zeroes(self._nsid, first, blocks, deallocate=deallocate)
-            transfer.requests.append(Request(zero, transfer, unit=unit, units=units))
-        return transfer, stop
-
-    def _zero_otherwise(self, status: int) -> bool:
-        """The controller does not zero blocks so: try smaller parts, then write zeros."""
-        if not self._zeroes or code_of(status) not in _NOT_DONE:
-            return False
-        self._zeroes = self._transfer if self._zeroes > self._transfer else 0
-        return True
+    def _add(self, transfer: _Transfer, page: int, data: memoryview, writes: bool) -> None:
+        namespace = self._namespace
+        unit, most = page * self._per_page, namespace.transfer
+        for at in range(0, len(data), most):
+            part = data[at : at + most]
+            units = len(part) // UNIT
+            if writes:
+                transfer.add(namespace.write(unit, units), unit, units, data=part)
+            else:
+                transfer.add(namespace.read(unit, units), unit, units, into=part)
+            unit += units
 
     async def _perform(self, transfer: _Transfer, writes: Sequence[range] = ()) -> None:
         """Send requests and await them; those that write pages go on if this is cancelled."""
@@ -254,21 +342,7 @@ class NvmeStore(Store):
                 self._leave_behind(transfer, writes)
             raise
         if transfer.error is not None:
-            raise StoreFailedError(str(transfer.error), store=NAME)
-
-    def _leave_behind(self, transfer: _Transfer, spans: Sequence[range]) -> None:
-        if not transfer.left:
-            return
-        transfer.future = self._loop.create_future()
-        entries = [(span, transfer.future) for span in spans]
-        self._unsettled += entries
-
-        def settled(_: asyncio.Future[None]) -> None:
-            for request, _status in transfer.failures:
-                self._doubtful.update(self._pages(request))
-            self._unsettled = [entry for entry in self._unsettled if entry not in entries]
-
-        transfer.future.add_done_callback(settled)
+            raise StoreFailedError(str(transfer.error.args[0]), store=NAME)
 
     async def _singly(self, transfer: _Transfer) -> None:
         """What failed, again page by page, so that one bad page takes no neighbour along; then say
@@ -280,7 +354,7 @@ class NvmeStore(Store):
             request.into = request.data = None
             assert buffer is not None
             pages = self._pages(request)
-            if len(pages) == 1:
+            if request.units <= self._per_page:
                 errors.append(self._error(request, status))
                 if writes:
                     self._doubtful.update(pages)
@@ -288,9 +362,8 @@ class NvmeStore(Store):
             for page in pages:
                 at = (page - pages.start) * self.page_size
                 part = memoryview(buffer)[at : at + self.page_size]
-                single = _Transfer(self._loop)
-                unit = page * (self.page_size // UNIT)
-                single.requests.append(self._request(single, unit, part, writes))
+                single = _Transfer(self._loop, transfer.kept)
+                self._add(single, page, part, writes)
                 await self._perform(single, [range(page, page + 1)] if writes else ())
                 for again in single.failures:
                     errors.append(self._error(*again))
@@ -301,14 +374,20 @@ class NvmeStore(Store):
             # A page that is lost is told of alone; before it, what concerns all of them.
             raise min(errors, key=lambda error: isinstance(error, PageLostError))
 
+    # --- pages ---
+
     def _pages(self, request: Request) -> range:
-        per_page = self.page_size // UNIT
-        return range(request.unit // per_page, -(-(request.unit + request.units) // per_page))
+        end = request.unit + request.units
+        return range(request.unit // self._per_page, -(-end // self._per_page))
 
     def _refuse_doubtful(self, spans: Sequence[range]) -> None:
         lost = [page for pages in spans for page in pages if page in self._doubtful]
         if lost:
             raise PageLostError("a write of it failed halfway", store=NAME, page=lost[0])
+        # So that whoever looks whether the medium is blank learns that it is not.
+        last = self.page_count - 1
+        if self._namespace.lease.is_foreign and any(last in pages for pages in spans):
+            raise PageLostError("behind it there is something else", store=NAME, page=last)
 
     def _clear_doubt(self, spans: Sequence[range]) -> None:
         if self._doubtful:
@@ -319,58 +398,13 @@ class NvmeStore(Store):
         reads = request.command.opcode == nvme.Io.READ
         page = self._pages(request).start
         code = code_of(status)
-        text = f"{self._place.name}: cannot be {'read' if reads else 'written'}"
-        text += f": {status_name(status)}"
+        way = "read" if reads else "written"
+        text = f"{self._namespace.name}: cannot be {way}: {status_name(status)}"
         if code == Status.CAPACITY_EXCEEDED and not reads:
             return StoreFullError(text, store=NAME, page=page)
         if code in _OF_ALL or code >> 8 == 1:
             return StoreFailedError(text, store=NAME, page=page)
         return PageLostError(text, store=NAME, page=page)
-
-    # --- associations ---
-
-    async def _restore(self, association: HostController) -> None:
-        """An association is there: does it lead to what it led to before?"""
-        ready = association.ready
-        namespace = ready.namespace
-        if self._namespace is None:
-            self._fit(namespace)
-        elif (namespace.nguid, namespace.block_size) != (
-            self._namespace.nguid,
-            self._namespace.block_size,
-        ) or namespace.blocks < self._namespace.blocks:
-            raise self._refused("is another one now, or smaller")
-        self._namespace = namespace
-        controller = ready.controller
-        self._block = namespace.block_size
-        most = min(controller.transfer or TRANSFER_MAX, TRANSFER_MAX, BLOCKS_MAX * self._block)
-        self._transfer = most // UNIT * UNIT
-        zeroes = min(ZEROES_MAX, BLOCKS_MAX * self._block)
-        knows = controller.optional & identify.ONCS_WRITE_ZEROES
-        self._zeroes = zeroes if knows else 0
-        self._has_cache = controller.volatile_cache
-        self.space = (
-            f"{self._place.name}: {format_size(namespace.blocks * self._block)} in blocks of "
-            f"{format_size(self._block)}, {ready.queues} queues of {ready.entries}"
-        )
-
-    def _fit(self, namespace: identify.Namespace) -> None:
-        """Can its blocks hold pages, and as many as are asked for?"""
-        if namespace.block_size > UNIT or UNIT % namespace.block_size:
-            raise self._refused(f"has blocks of {namespace.block_size} bytes; 512 to 4096 will do")
-        if namespace.metadata:
-            raise self._refused(
-                f"has {namespace.metadata} bytes of metadata with each block: format it without"
-            )
-        size = namespace.blocks * namespace.block_size // UNIT * UNIT - UNIT
-        room = min(size // self.page_size, PAGES_MAX)
-        if room < max(self.page_count, 1):
-            asked = format_size(self.page_count * self.page_size)
-            raise self._refused(f"has room for {format_size(max(size, 0))}, not for {asked}")
-        self.page_count = self.page_count or room
-
-    def _refused(self, why: str) -> StoreFailedError:
-        return StoreFailedError(f"{self._place.name} {why}", store=NAME)
 
 
 async def open_store(layer: LayerSpec, geometry: Geometry) -> Store:
