@@ -188,6 +188,9 @@ class RemoteNamespace:
         if self.unflushed is None:
             return
         written, zeroed = self.unflushed.all()
+        if not written and not zeroed:
+            return
+        mark = self.unflushed.seal()
         for first, count in zeroed:
             at, end = first, first + count
             while at < end:
@@ -197,6 +200,8 @@ class RemoteNamespace:
         again = [(self.write(unit, 1), data) for unit, data in written.items()]
         for at in range(0, len(again), AT_ONCE):
             await self._again(again[at : at + AT_ONCE])
+        await self._flush()
+        self.unflushed.confirm(mark)
 
     async def _again(self, commands: Sequence[tuple[Command, bytes | None]]) -> None:
         path = self.path

@@ -198,8 +198,8 @@ class QueuePair(Wire[Event]):
         source = command.source
         if source is None:
             return
-        if command.data is not None:
-            command.data = command.source = memoryview(bytes(source))
+        kept = None if command.data is None else memoryview(bytes(source))
+        command.data = command.source = kept
         self._out = [
             bytes(part) if isinstance(part, memoryview) and part.obj is source.obj else part
             for part in self._out

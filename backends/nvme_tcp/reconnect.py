@@ -310,7 +310,7 @@ class Path:
     async def _reconnect(self) -> None:
         patience, began = self._patience, self._loop.time()
         end = None if patience.loss_tmo is None else began + patience.loss_tmo
-        why = "no answer"
+        why, rewritten = "no answer", self.counters.rewritten
         try:
             while self.error is None and (hindrance := await self._attempt(end)) is not None:
                 if hindrance and hindrance != why:
@@ -325,10 +325,8 @@ class Path:
         if self.error is None:
             self.counters.reconnected += 1
             lasted = self._loop.time() - began
-            again = self.counters.rewritten
-            log.warning(
-                "%s: back after %.2f s; %d commands rewritten so far", self._name, lasted, again
-            )
+            again = self.counters.rewritten - rewritten
+            log.warning("%s: back after %.2f s; %d rewritten", self._name, lasted, again)
 
     async def _attempt(self, end: float | None) -> str | None:
         """Try once, not too soon after the last time: None when it worked, or else why it did not,
