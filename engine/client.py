@@ -33,7 +33,7 @@ from userswap.engine.keeper import Keeper
 from userswap.engine.listening import dial
 from userswap.native import check, ffi, lib
 
-FAULT_PATHS = ("native", "asyncio")
+FAULT_PATHS = ("auto", "native", "asyncio")
 PLACEMENTS = ("none", "same", "other")
 START_TIMEOUT_S = 30.0
 END_TIMEOUT_S = 2.0

@@ -184,7 +184,7 @@ class Daemon(Terms):
             raise UserswapError(f"user {uid} has {served} clients here, the most that one may have")
         if os.readlink(f"/proc/self/fd/{uffd}") != USERFAULTFD:
             raise ConfigError("hello: the descriptor is no userfaultfd")
-        if hello["fault_path"] != "native":
+        if hello["fault_path"] == "asyncio":
             raise ConfigError('a daemon serves faults natively: use fault_path="native"')
         placement, features = int(hello["placement"]), int(hello["features"])
         if placement not in range(3) or not 0 <= features < 1 << 64:

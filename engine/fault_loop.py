@@ -116,11 +116,10 @@ class Served:
 class FaultLoop:
     """Serves one client's misses."""
 
-    def __init__(self, client: Any, *, every_fault: bool, uffd: int) -> None:
+    def __init__(self, client: Any, uffd: int) -> None:
         self.client = client
         self.regions: dict[int, Served] = {}
         """By the address of the native region, as misses name it."""
-        self._every_fault = every_fault
         self._uffd = uffd
         self._misses = ffi.new("struct us_miss[]", MISSES_PER_DRAIN)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -141,13 +140,11 @@ class FaultLoop:
         return self.regions[int(ffi.cast("uintptr_t", handle))]
 
     def attach(self) -> None:
-        """Watch the userfaultfd, where every fault comes through here."""
-        if self._every_fault:
-            asyncio.get_running_loop().add_reader(self._uffd, self.serve)
+        """Take every fault, in the native server's place."""
+        asyncio.get_running_loop().add_reader(self._uffd, self.serve)
 
     def detach(self) -> None:
-        if self._every_fault:
-            asyncio.get_running_loop().remove_reader(self._uffd)
+        asyncio.get_running_loop().remove_reader(self._uffd)
 
     def serve(self) -> None:
         """Answer what can be answered from memory; the rest become misses."""

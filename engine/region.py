@@ -101,8 +101,9 @@ class Region:
             "memory:"; or a store of your own: a `userswap.backends.store.Store` that can be
             pickled, or a function that makes one, such as `functools.partial(MyStore, path)`.
         name: for statistics and messages.
-        fault_path: "native" answers faults whose page is in memory without the interpreter;
-            "asyncio" sends every fault through the event loop.
+        fault_path: "native" answers faults without the interpreter, or hands them to it where the
+            store has to be awaited; "asyncio" has the event loop take every fault, which saves that
+            hand-over; "auto": the loop, until a store of this process is one that is not awaited.
         on_full: what faults do once the store is full: "grow" lets the region go over its budget,
             "stall" makes them wait for room.
         on_pager_death: "abort" this process, or "block" the threads that touch what is out of
@@ -135,7 +136,7 @@ class Region:
         resident: int | str,
         store: str | Store | Callable[[Geometry], Any] = "ram:lz4",
         name: str | None = None,
-        fault_path: str = "native",
+        fault_path: str = "auto",
         on_full: str = "grow",
         on_pager_death: str = "abort",
         user_mode_only: bool = False,

@@ -76,7 +76,9 @@ class ClientService:
         """Of this client in its pager, from 1."""
         self.stores = stores
         self.uffd = uffd
-        self.fault_path = str(hello["fault_path"])
+        self._may_change = hello["fault_path"] == "auto"
+        self.fault_path = "asyncio" if self._may_change else str(hello["fault_path"])
+        """Who reads the userfaultfd: the native server, or the loop."""
         self.pid = int(hello["pid"])
         self.placement = int(hello["placement"])
         self.mover = str(hello["mover"])
@@ -86,7 +88,7 @@ class ClientService:
         check(lib.us_client_create(out, uffd, self.pid, features, 0, canary))
         self.native = out[0]
         lib.us_client_set_mover(self.native, mover)
-        self.loop = FaultLoop(self.native, every_fault=self.fault_path == "asyncio", uffd=uffd)
+        self.loop = FaultLoop(self.native, uffd)
         self.evictor = Evictor(self.native, self.loop)
         self.regions: dict[int, OpenRegion] = {}
         self._extents = Extents()
@@ -103,8 +105,11 @@ class ClientService:
         """The client's agent runs: serve, and call `gone` when its memory is no more."""
         self._gone = gone
         lib.us_client_set_agent(self.native, staging, agent_tid)
-        check(lib.us_client_start(self.native, self.fault_path == "native", self.placement))
-        self.loop.attach()
+        check(lib.us_client_start(self.native, self.placement))
+        if self.fault_path == "asyncio":
+            self.loop.attach()
+        else:
+            check(lib.us_client_serve(self.native))
         wake = lib.us_client_descriptors(self.native, 4)
         asyncio.get_running_loop().add_reader(wake, self._woken, wake)
         self._tick()
@@ -159,6 +164,7 @@ class ClientService:
         pool = ffi.NULL
         if backing.native is not None:
             pool = backing.native.pool
+            self._serve_natively()
             lib.us_client_own_pool(self.native, pool)
         try:
             base = self._extents.allocate(pages)
@@ -176,6 +182,16 @@ class ClientService:
             self._extents.release(base, pages)
             raise
         return OpenRegion(out[0], name, backing, pages=pages, table_base=base, pool=pool)
+
+    def _serve_natively(self) -> None:
+        """The first pool of a client that left the choice to us: its faults need no interpreter.
+
+        There is no way back: whoever reads the userfaultfd would have to be stopped first."""
+        if not self._may_change or self.fault_path == "native":
+            return
+        self.loop.detach()
+        self.fault_path = "native"
+        check(lib.us_client_serve(self.native))
 
     def region(self, request: dict[str, Any]) -> OpenRegion:
         """The region that a request names."""

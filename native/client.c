@@ -172,7 +172,7 @@ static void *serve_to_the_end(void *client) {
     return NULL;
 }
 
-int us_client_start(struct us_client *client, int native_server, int placement) {
+int us_client_start(struct us_client *client, int placement) {
     client->placement = placement;
     int rc = start_thread(&client->worker, us_worker_main, client);
     if (rc)
@@ -182,12 +182,16 @@ int us_client_start(struct us_client *client, int native_server, int placement) 
     if (rc)
         return rc;
     client->helper_runs = true;
-    if (native_server) {
-        client->server_runs = true;
-        rc = start_thread(&client->server, serve_to_the_end, client);
-        if (rc)
-            client->server_runs = false;
-    }
+    return 0;
+}
+
+/* From here on nobody else may call us_serve. */
+int us_client_serve(struct us_client *client) {
+    client->server_cpu = -1; /* the new thread has not been placed */
+    client->server_runs = true;
+    int rc = start_thread(&client->server, serve_to_the_end, client);
+    if (rc)
+        client->server_runs = false;
     return rc;
 }
 

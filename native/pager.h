@@ -173,7 +173,9 @@ int us_client_create(struct us_client **out, int uffd, int pid, uint64_t feature
 int us_client_descriptors(const struct us_client *client, int which);
 void us_client_set_mover(struct us_client *client, int mover);
 void us_client_set_agent(struct us_client *client, uint64_t staging, int tid);
-int us_client_start(struct us_client *client, int native_server, int placement);
+int us_client_start(struct us_client *client, int placement);
+/* Start the native fault server. */
+int us_client_serve(struct us_client *client);
 void us_client_stop(struct us_client *client);
 void us_client_destroy(struct us_client *client);
 void us_client_say(struct us_client *client, const char *text, int waiting);

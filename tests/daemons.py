@@ -99,7 +99,7 @@ class Daemon:
         return self.process.wait(within)
 
 
-def wait_for(condition: Callable[[], bool], within: float = 20) -> bool:
+def wait_for(condition: Callable[[], bool], within: float = 60) -> bool:
     deadline = time.monotonic() + within
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -87,6 +87,31 @@ with userswap.Region(PAGES * PAGE, resident="4MiB", store=store, fault_path=path
     )
 
 
+def test_the_loop_serves_until_a_store_is_a_pool() -> None:
+    good(
+        """
+import userswap
+block = bytes(range(256)) * 16
+def fill(region):
+    for offset in range(0, region.size, 4096):
+        region.memory[offset : offset + 4096] = offset.to_bytes(8, "little") + block[8:]
+def check(region):
+    for offset in range(0, region.size, 4096):
+        assert region.memory[offset : offset + 8] == offset.to_bytes(8, "little"), offset
+with userswap.Region("8MiB", resident="2MiB", store="memory:") as awaited:
+    fill(awaited)
+    assert awaited.stats().fault_path == "asyncio"
+    with userswap.Region("8MiB", resident="2MiB", store="ram:lz4") as pooled:
+        fill(pooled)
+        check(awaited)
+        check(pooled)
+        assert awaited.stats().fault_path == pooled.stats().fault_path == "native"
+    check(awaited)
+    assert awaited.stats().faults["awaited"] > 50
+"""
+    )
+
+
 @BOTH_WAYS
 def test_the_budget_changes_at_speed(store: str, path: str) -> None:
     out = good(
