@@ -24,7 +24,7 @@ from userswap.backends.nvme_tcp.server import Rules, Server
 
 CAPSULE = PduType.CAPSULE_CMD
 SILENT = 1000
-GROWTH_MAX = 32 << 20
+GROWTH_MAX = 24 << 20
 """Of a target's memory under a flood: 64 connections that are nobody's yet, and what is sent."""
 
 

@@ -45,7 +45,7 @@ from userswap.backends.nvme_tcp.pdu import (
     PduType,
     check,
 )
-from userswap.backends.nvme_tcp.wire import Wire
+from userswap.backends.nvme_tcp.wire import SCRATCH_SMALL, Wire
 
 TO_CONTROLLER, TO_HOST = 1, 2
 DIGESTS = pdu.HDGST | pdu.DDGST
@@ -113,7 +113,7 @@ class TargetQueue(Wire[Event]):
     TERM = PduType.C2H_TERM
 
     def __init__(self, limits: Limits) -> None:
-        super().__init__(State.INITIALIZING)
+        super().__init__(State.INITIALIZING, SCRATCH_SMALL)
         self.limits = limits
         self.entries = 1  # until Connect says how many there are
         self.flow_control = True
@@ -130,6 +130,7 @@ class TargetQueue(Wire[Event]):
     def connected(self, queue: int, entries: int, flow_control: bool) -> None:
         """Connect was accepted: this connection is that queue now."""
         self.queue, self.entries, self.flow_control = queue, entries, flow_control
+        self._widen()
 
     def complete(self, cid: int, status: int = 0, result: int = 0, data: Buffer = b"") -> None:
         """Answer a command that arrived; a successful one with all the data that it asked for."""

@@ -35,6 +35,8 @@ from userswap.backends.nvme_tcp.pdu import (
 
 SCRATCH_BYTES = 64 * 1024
 """Takes many small PDUs in one receive; copying a page out of it costs less than another one."""
+SCRATCH_SMALL = 8 * 1024
+"""Enough to begin with, for one whose peer has not said who it is."""
 SCRATCH_LOW = 4096
 """With less room than this what is left over moves to the front; it is part of a header at most."""
 CHECKED_MAX = 32
@@ -53,7 +55,7 @@ class Wire(ABC, Generic[Event]):
     TERM: ClassVar[PduType]
     """The TermReq that this end sends."""
 
-    def __init__(self, state: Enum) -> None:
+    def __init__(self, state: Enum, scratch_bytes: int = SCRATCH_BYTES) -> None:
         self.state = state
         self.error: pdu.ProtocolError | None = None
         self.receiving = Framing()
@@ -63,7 +65,7 @@ class Wire(ABC, Generic[Event]):
         self._possible = frozenset[int]().union(*self.RECEIVES.values())
         self._checked: dict[tuple[Enum, bytes], tuple[Header, PduType, int]] = {}
         self._known = 0  # bytes of a header at fault that may be quoted, however they were cut
-        self._scratch = memoryview(bytearray(SCRATCH_BYTES))
+        self._scratch = memoryview(bytearray(scratch_bytes))
         self._start = self._end = 0  # of what was received into scratch and not yet taken
         self._offered = 0  # bytes that the last get_buffer() had room for
         self._direct = False  # it was the data's own buffer
@@ -171,6 +173,13 @@ class Wire(ABC, Generic[Event]):
     def _take_events(self) -> list[Event]:
         events, self._events = self._events, []
         return events
+
+    def _widen(self) -> None:
+        """Have the whole scratch buffer from now on; not while something is being received."""
+        left = self._scratch[self._start : self._end]
+        self._scratch = memoryview(bytearray(SCRATCH_BYTES))
+        self._scratch[: len(left)] = left
+        self._start, self._end, self._offered = 0, len(left), 0
 
     # --- taking PDUs apart ---
 
