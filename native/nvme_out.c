@@ -4,10 +4,13 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
 
 #define SEGMENTS_A_PDU 3u                                  /* header, data, digest */
 #define STAGED_A_PDU (US_PDU_ALIGNMENT_MAX + US_PDU_DIGEST) /* header with padding, digest of the data */
 #define SEGMENTS_FIRST 64u
+#define PIECES 256 /* of one sendmsg */
 
 void us_nvme_out_free(struct us_nvme_out *out) {
     for (uint32_t i = out->first; i < out->end; i++)
@@ -129,6 +132,29 @@ int us_nvme_out_keep(struct us_nvme_out *out, int32_t cid, bool forget) {
             segment->cid = US_NVME_NOBODY;
     }
     return 0;
+}
+
+int us_nvme_out_write(const struct us_nvme_out *out, int fd, int flags, size_t *went) {
+    struct iovec pieces[PIECES];
+    size_t count = 0, wanted = 0;
+    for (uint32_t i = out->first; i < out->end && count < PIECES; i++, count++) {
+        const struct us_nvme_segment *segment = &out->segments[i];
+        uint32_t sent = i == out->first ? out->sent : 0;
+        pieces[count] = (struct iovec){(void *)(us_nvme_out_bytes(out, segment) + sent), segment->length - sent};
+        wanted += pieces[count].iov_len;
+    }
+    *went = 0;
+    if (!count)
+        return 0;
+    struct msghdr message = {.msg_iov = pieces, .msg_iovlen = count};
+    ssize_t rc;
+    do {
+        rc = sendmsg(fd, &message, flags | MSG_NOSIGNAL);
+    } while (rc < 0 && errno == EINTR);
+    if (rc < 0)
+        return errno == EAGAIN ? 1 : -errno;
+    *went = (size_t)rc;
+    return *went < wanted;
 }
 
 bool us_nvme_out_advance(struct us_nvme_out *out, size_t *bytes, struct us_nvme_segment *segment) {

@@ -52,6 +52,10 @@ int us_nvme_out_frame(struct us_nvme_out *out, const struct us_nvme_framing *fra
 /* Sends from copies what is unsent of a command's data; `forget`: and counts it as nobody's.  0, or -ENOMEM half-way. */
 int us_nvme_out_keep(struct us_nvme_out *out, int32_t cid, bool forget);
 
+/* One sendmsg of what comes next: *went bytes went, to be counted by us_nvme_out_advance.  1 when the socket took less than it
+ * was given, 0, or -errno. */
+int us_nvme_out_write(const struct us_nvme_out *out, int fd, int flags, size_t *went);
+
 /* Counts bytes as sent; the next segment of a command that is done with is taken out into *segment.  False: there is none. */
 bool us_nvme_out_advance(struct us_nvme_out *out, size_t *bytes, struct us_nvme_segment *segment);
 

@@ -13,7 +13,6 @@
 #define SCRATCH_LOW 256u  /* with less room than this, what is left over, a header at most, moves to the front */
 #define DIRECT_MIN 1024u  /* of missing data: from here on its own place in a receive beats a copy */
 #define RECEIVES_A_TURN 8 /* then others have theirs */
-#define SEND_PIECES 64
 
 /* A PDU's header, once taken, leaves what its data needs in here. */
 struct data {
@@ -332,7 +331,7 @@ static bool is_direct(const struct us_nvme_queue *queue) {
 static int outcome(const struct us_nvme_queue *queue, enum step step) {
     if (step == FAILED)
         return -ENOMEM;
-    return queue->count | (step == LOOK ? US_NVME_LOOK : 0);
+    return queue->count | (step == LOOK ? US_NVME_LOOK : 0) | (queue->out.first < queue->out.end ? US_NVME_OUT : 0);
 }
 
 void us_nvme_room(struct us_nvme_queue *queue, struct us_nvme_room *room) {
@@ -400,28 +399,13 @@ void us_nvme_sent(struct us_nvme_queue *queue, size_t bytes) {
 }
 
 int us_nvme_send(struct us_nvme_queue *queue, int fd) {
-    struct us_nvme_out *out = &queue->out;
-    while (out->first < out->end) {
-        struct iovec pieces[SEND_PIECES];
-        size_t count = 0, wanted = 0;
-        for (uint32_t i = out->first; i < out->end && count < SEND_PIECES; i++, count++) {
-            const struct us_nvme_segment *segment = &out->segments[i];
-            uint32_t sent = i == out->first ? out->sent : 0;
-            pieces[count] = (struct iovec){(void *)(us_nvme_out_bytes(out, segment) + sent), segment->length - sent};
-            wanted += pieces[count].iov_len;
-        }
-        struct msghdr message = {.msg_iov = pieces, .msg_iovlen = count};
-        ssize_t went = sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
-        if (went < 0) {
-            if (errno == EINTR)
-                continue;
-            return errno == EAGAIN ? 1 : -errno;
-        }
-        us_nvme_sent(queue, (size_t)went);
-        if ((size_t)went < wanted)
-            return 1;
-    }
-    return 0;
+    int rc;
+    size_t went;
+    do {
+        rc = us_nvme_out_write(&queue->out, fd, MSG_DONTWAIT, &went);
+        us_nvme_sent(queue, went);
+    } while (rc == 0 && went);
+    return rc;
 }
 
 /* --- for Python's machine --- */

@@ -21,6 +21,7 @@
 #define US_NVME_COUNT 0xffff
 #define US_NVME_LOOK 0x10000 /* what comes next is not for this code */
 #define US_NVME_EOF 0x20000  /* the peer sends nothing more */
+#define US_NVME_OUT 0x40000  /* there is something to send */
 
 struct us_nvme_queue;
 

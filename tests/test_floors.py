@@ -80,7 +80,7 @@ SHARED |= {f"userswap.backends.{name}" for name in ("medium", "ranges", "superbl
 SHARED |= {f"userswap.backends.{name}" for name in ("lmdb_file", "lmdb_writer", "redis_server")}
 SHARED |= {f"userswap.backends.nvme_tcp.{name}" for name in ("pdu", "command", "identify", "wire")}
 SHARED |= {f"userswap.backends.nvme_tcp.{name}" for name in ("qpair", "controller", "target")}
-SHARED |= {"userswap.backends.nvme_tcp.native_queue"}
+SHARED |= {f"userswap.backends.nvme_tcp.{name}" for name in ("native_queue", "direct")}
 SHARED |= {
     f"userswap.backends.nvme_tcp.target_{name}" for name in ("queue", "controller", "blocks")
 }
@@ -214,6 +214,7 @@ def test_policies_are_pure() -> None:
 def test_protocols_are_pure() -> None:
     # All of the package but the modules that give it sockets and stores.
     shell = {
+        "direct.py",
         "host.py",
         "lease.py",
         "namespace.py",

@@ -9,7 +9,7 @@ import pytest
 from nvme import Link, World, settings, with_digests
 from userswap.backends.nvme_tcp import command as nvme
 from userswap.backends.nvme_tcp import pdu
-from userswap.backends.nvme_tcp.command import CQE, Io
+from userswap.backends.nvme_tcp.command import CQE, Connect, Io
 from userswap.backends.nvme_tcp.native_queue import NativeQueuePair
 from userswap.backends.nvme_tcp.pdu import (
     LAST,
@@ -18,8 +18,9 @@ from userswap.backends.nvme_tcp.pdu import (
     LocalProtocolError,
     PduType,
 )
-from userswap.backends.nvme_tcp.qpair import Completed, Event, Terminated
+from userswap.backends.nvme_tcp.qpair import Completed, Connected, Event, Terminated
 from userswap.backends.nvme_tcp.target import Operation
+from userswap.native import lib
 
 PAGE = 4096
 SMALL = 4608  # about the least that the kernel gives a socket
@@ -246,10 +247,21 @@ def test_no_more_than_the_queue_holds() -> None:
 
 def test_cids_come_round() -> None:
     """After all others, and passing over the one that is still outstanding."""
-    queue, _ = World().queue()
-    assert queue.submit(nvme.flush(1), 0.0) == 1
-    for cid in (*range(2, 1 << 16), 0, 2, 3):
-        assert queue.submit(nvme.flush(1), 0.0) == cid
-        queue.data_to_send()
+    connect = Connect("nqn.s", "nqn.h", bytes(16), queue=1, entries=16, controller=1)
+    queue = NativeQueuePair(connect, with_digests(False, False), 0.0)
+    queue._next_cid = last = (1 << 16) - 3
+    queue.receive_data(pdu.init(PduType.IC_RESP, alignment=0, digests=0, limit=4096), 0.0)
+
+    def complete(cid: int) -> list[Event]:
         (answer,) = pdu.PLAIN.frame(PduType.CAPSULE_RESP, 0, response(cid))
-        assert queue.receive_data(answer, 0.0) == [Completed(cid, 0, 0)]
+        return queue.receive_data(answer, 0.0)
+
+    assert complete(last) == [Connected(0)]
+    assert queue.direct is False  # ICReq and Connect were not sent
+    queue.data_to_send()
+    assert [queue.submit(nvme.flush(1), 0.0) for _ in range(3)] == [last + 1, last + 2, 0]
+    for cid in (last + 1, 0):
+        assert complete(cid) == [Completed(cid, 0, 0)]
+    lib.us_nvme_form(queue._native).next_cid = last + 1  # as after all others
+    assert [queue.submit(nvme.flush(1), 0.0) for _ in range(2)] == [last + 1, 0]
+    queue.close()

@@ -32,6 +32,8 @@ from userswap.backends.nvme_tcp.controller import (
     ShutDown,
 )
 from userswap.backends.nvme_tcp.controller import Event as ControllerEvent
+from userswap.backends.nvme_tcp.direct import DirectConnection
+from userswap.backends.nvme_tcp.native_queue import NativeQueuePair
 from userswap.backends.nvme_tcp.pdu import Buffer, ConnectionLostError, ProtocolError
 from userswap.backends.nvme_tcp.qpair import Completed, Connected, QueuePair, Terminated
 from userswap.backends.nvme_tcp.qpair import Event as QueueEvent
@@ -111,6 +113,10 @@ class HostConnection(asyncio.BufferedProtocol, Generic[Event]):
         """the peer closed it: it has done with what it had"""
 
     # --- for the owner ---
+
+    async def open(self, address: tuple[str, int]) -> None:
+        """Connect; OSError where nobody answers."""
+        await self._loop.create_connection(lambda: self, *address)
 
     def transmit(self) -> None:
         """Send what the end has to send, as far as the socket takes it."""
@@ -204,9 +210,9 @@ class HostConnection(asyncio.BufferedProtocol, Generic[Event]):
 class IoQueue:
     """One I/O queue of an association."""
 
-    def __init__(self, pair: QueuePair, owner: HostController) -> None:
+    def __init__(self, pair: NativeQueuePair, owner: HostController) -> None:
         self.pair = pair
-        self.connection: HostConnection[QueueEvent] = HostConnection(pair, pair, self._told)
+        self.connection = DirectConnection(pair, self._told, LINGER_S)
         self.outstanding: dict[int, Request] = {}
         self.connected: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._owner = owner
@@ -357,13 +363,14 @@ def _break(future: asyncio.Future[None], error: Exception) -> None:
 
 
 async def _connect(
-    address: tuple[str, int], connection: HostConnection[Event], settings: Settings
+    address: tuple[str, int],
+    connection: HostConnection[Event] | DirectConnection,
+    settings: Settings,
 ) -> None:
-    loop = asyncio.get_running_loop()
     where = address_text(address)
     try:
         async with asyncio.timeout(settings.options.connect_tmo):
-            await loop.create_connection(lambda: connection, *address)
+            await connection.open(address)
     except TimeoutError:
         raise ConnectionLostError(f"{where} does not answer") from None
     except OSError as error:

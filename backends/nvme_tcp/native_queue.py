@@ -36,6 +36,7 @@ from userswap.native import check, ffi, lib
 COUNT: int = lib.US_NVME_COUNT
 LOOK: int = lib.US_NVME_LOOK
 EOF: int = lib.US_NVME_EOF
+OUT: int = lib.US_NVME_OUT
 
 # A command's deadline; its data, its buffer, and the export of either.
 _Pinned = tuple[float | None, memoryview | None, memoryview | None, Any]
@@ -48,12 +49,20 @@ class NativeQueuePair(QueuePair):
         super().__init__(connect, options, now)
         self._native: Any = None
         self._was_native = False
+        self.was_closed = False
+        """The peer closed the connection, and not this end."""
+        self.has_answers = False
+        """What came has to be answered: `send`."""
         self._pinned: dict[int, _Pinned] = {}
         self._scratch_pin = ffi.from_buffer("uint8_t[]", self._scratch, True)
         self._room = ffi.new("struct us_nvme_room *")
         self._done = ffi.new("uint64_t[]", 2 * self.capacity)
 
     # --- for the user ---
+
+    @property
+    def outstanding(self) -> int:
+        return len(self._pinned) + len(self._outstanding)
 
     @property
     def room(self) -> int:
@@ -217,6 +226,7 @@ class NativeQueuePair(QueuePair):
             try:
                 check(rc)
             except OSError as error:
+                self.was_closed = isinstance(error, ConnectionError)
                 self._end_with(ConnectionLostError(f"the connection broke: {error.strerror}"))
             return self._take_events()
         if count := rc & COUNT:
@@ -225,12 +235,13 @@ class NativeQueuePair(QueuePair):
                 cid = key & 0xFFFF
                 del self._pinned[cid]
                 self._events.append(Completed(cid, key >> 16, result))
-        if rc > COUNT:
-            if rc & LOOK:
-                self._recall()
-                self._proceed(now)
-            else:
-                return self.eof_received()
+        self.has_answers = bool(rc & OUT)
+        if rc & LOOK:
+            self._recall()
+            self._proceed(now)
+        elif rc & EOF:
+            self.was_closed = True
+            return self.eof_received()
         return self._take_events()
 
     def _end_with(self, error: ProtocolError) -> None:
