@@ -200,6 +200,9 @@ bool us_fill_native(struct us_region *region, uint32_t first, uint64_t word, uin
     return true;
 }
 
+/* Whether a page still waits for this fill. */
+static bool carries(uint64_t word, uint64_t ticket) { return us_state_of(word) == US_FILLING && us_handle_of(word) == ticket; }
+
 /* A run from an awaited store has arrived.  Pages whose word no longer carries the ticket were discarded meanwhile: nothing is
  * installed there, their bits in `void_pages` are set and the caller ends their BUSY after the store's discard. */
 int us_fill_done(struct us_region *region, const struct us_miss *miss, const uint8_t *data, uint64_t *void_pages) {
@@ -210,8 +213,7 @@ int us_fill_done(struct us_region *region, const struct us_miss *miss, const uin
         uint32_t n = 0;
         for (; i + n < miss->count; n++) {
             uint64_t seen = atomic_load(us_word_at(region, miss->first + i + n));
-            bool ours = us_state_of(seen) == US_FILLING && us_handle_of(seen) == miss->ticket;
-            if (!ours && !us_canary_on(region->client, US_CANARY_FILL_AFTER_DISCARD))
+            if (!carries(seen, miss->ticket) && !us_canary_on(region->client, US_CANARY_FILL_AFTER_DISCARD))
                 break;
         }
         if (n) {
@@ -228,21 +230,33 @@ int us_fill_done(struct us_region *region, const struct us_miss *miss, const uin
     return error;
 }
 
-/* The store could not give these pages: poison them, or put them back so that the fault comes again.  Returns the bits of pages
- * that were discarded meanwhile, as us_fill_done does. */
+/* End a fill that never began, by one swap: the asyncio loop may discard the page at any moment.  False: it has. */
+static bool put_back(struct us_region *region, uint32_t index, uint64_t ticket) {
+    us_word *word = us_word_at(region, index);
+    uint64_t seen = atomic_load(word);
+    while (carries(seen, ticket)) {
+        uint64_t next = us_with_handle(us_with_state(seen, US_STORED), 0) & ~(US_BUSY | US_WAITER);
+        if (us_word_swap(word, &seen, next)) {
+            us_wake_page(region, index, seen | US_WAITER);
+            return true;
+        }
+    }
+    return false;
+}
+
+/* The store could not give these pages: poison them (on the loop alone, as its discards are), or put them back so that the fault
+ * comes again.  Returns the bits of pages that were discarded meanwhile, as us_fill_done does. */
 uint64_t us_fill_failed(struct us_region *region, const struct us_miss *miss, int lost) {
     uint64_t void_pages = 0;
     for (uint32_t i = 0; i < miss->count; i++) {
-        uint64_t seen = atomic_load(us_word_at(region, miss->first + i));
-        bool ours = us_state_of(seen) == US_FILLING && us_handle_of(seen) == miss->ticket;
-        if (!ours) {
-            void_pages |= 1ull << i;
-            us_release(region, US_PAGE);
-        } else if (lost) {
-            poison(region, miss->first + i);
-        } else {
-            unfilled(region, miss->first + i);
+        uint32_t index = miss->first + i;
+        if (lost && carries(atomic_load(us_word_at(region, index)), miss->ticket)) {
+            poison(region, index);
+            continue;
         }
+        if (lost || !put_back(region, index, miss->ticket))
+            void_pages |= 1ull << i;
+        us_release(region, US_PAGE);
     }
     return void_pages;
 }
