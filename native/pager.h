@@ -33,7 +33,7 @@ enum us_batch_kind { US_BATCH_MOVE, US_BATCH_PLACE, US_BATCH_DISCARD, US_BATCH_G
 enum us_mover { US_MOVER_MOVE, US_MOVER_PROTECT };
 
 /* what keeps the mover `protect` from taking any */
-enum us_held { US_HELD_NOT, US_HELD_PINNED, US_HELD_MERGED, US_HELD_UNKNOWN };
+enum us_held { US_HELD_NOT, US_HELD_PINNED, US_HELD_MERGED, US_HELD_UNKNOWN, US_HELD_ENDED /* the process: nobody is to be told */ };
 
 /* where the fault server and the agent run: on the faulting thread's CPU (SAME, the default), elsewhere, or as the kernel likes */
 enum us_placement { US_PLACE_NONE, US_PLACE_SAME, US_PLACE_OTHER };

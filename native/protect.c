@@ -51,8 +51,8 @@ static enum us_held held_by(struct us_client *client) {
     if (read_text(client->merging_fd, text, sizeof text) && strtoull(text, NULL, 10))
         return US_HELD_MERGED; /* merging drops the protection of a page without a word */
     const char *pinned = read_text(client->status_fd, text, sizeof text) ? strstr(text, "\nVmPin:") : NULL;
-    if (!pinned)
-        return US_HELD_UNKNOWN;
+    if (!pinned) /* a process that ends has no memory left to tell of, before it is gone */
+        return client->status_fd >= 0 && !strstr(text, "\nVmSize:") ? US_HELD_ENDED : US_HELD_UNKNOWN;
     return strtoull(pinned + 7, NULL, 10) ? US_HELD_PINNED : US_HELD_NOT;
 }
 
@@ -205,6 +205,10 @@ uint32_t us_protect_send(struct us_client *client, struct us_region *region, uin
     if (!any_due(&region->waiting))
         return 0;
     enum us_held held = held_by(client);
+    if (held == US_HELD_ENDED) {
+        us_back_off(region, false);
+        return 0;
+    }
     if (held != US_HELD_NOT) {
         us_count(&region->count.refused, atomic_load(&region->waiting.pages));
         if (atomic_exchange(&region->held, held) != held) {

@@ -6,11 +6,16 @@ runs every test with it; of the loss tests it may fail the one whose direct I/O 
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 import kernel_scenarios
 import scenarios
 from children import good
+from daemons import Daemon, wait_for
 from proof import Child, call, check
 from support import MOVER, TOLD_BY_PROTECT, run_child
 from test_deaths import (
@@ -59,6 +64,7 @@ pytestmark = pytest.mark.privileged  # the kernel itself faults on these pages
 ONE_OF_EACH = pytest.mark.parametrize(
     ("store", "path"), [("ram:lz4", "native"), ("memory:", "native"), ("memory:", "asyncio")]
 )
+KILLS = 8
 
 
 @pytest.fixture(autouse=True)
@@ -152,6 +158,36 @@ def test_pins_anywhere_in_the_process_hold_what_was_written() -> None:
         assert len(lines) == 1, child.err
         assert "held:" in lines[0]
         assert "VmPin" in lines[0]
+
+
+def test_a_killed_program_is_not_said_to_hold_memory(tmp_path: Path) -> None:
+    """As it ends it has no VmPin any more, and nobody is left to be told of one."""
+    code = """
+import sys, userswap
+ballast = b"x" * (200 << 20)  # it takes long to end
+region = userswap.Region(
+    "16MiB", resident="2MiB", store="fast", pager=sys.argv[1], mover="protect"
+)
+print("pages", flush=True)
+while True:
+    for at in range(0, region.size, 4096):
+        region.memory[at] = at >> 12 & 255
+"""
+    with Daemon(tmp_path / "s", "64MiB") as daemon:
+        for _ in range(KILLS):
+            program = subprocess.Popen(
+                [sys.executable, "-P", "-c", code, daemon.path],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+            assert program.stdout is not None
+            assert program.stdout.readline() == b"pages\n"
+            assert wait_for(lambda: daemon.regions()[0]["stored_bytes"] > 4 << 20)
+            program.kill()
+            program.communicate()
+            assert wait_for(lambda: not daemon.clients())
+        assert daemon.end() == 0
+        assert "written stays in memory" not in daemon.log.read_text()
 
 
 def test_where_no_pager_may_read_the_program() -> None:
