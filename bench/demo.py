@@ -232,7 +232,8 @@ class Stage:
 
     def _note(self) -> str:
         stats = self._region.stats()
-        return f"{_served(stats)} faults  ratio {stats.ratio:.1f}"
+        ratio = "" if stats.ratio is None else f"  ratio {stats.ratio:.1f}"
+        return f"{_served(stats)} faults{ratio}"
 
     def begin(self, name: str, size: int) -> None:
         self._name, self._size = name, size
@@ -366,7 +367,7 @@ def _memory_rows(size: int, stats: RegionStats) -> list[tuple[str, str]]:
     served = {"native faults": stats.native_latency, "awaited faults": stats.awaited_latency}
     return [
         *((name, _latency(latency)) for name, latency in served.items() if latency.count),
-        ("compression", f"{stats.ratio:.2f} : 1"),
+        *([("compression", f"{stats.ratio:.2f} : 1")] if stats.ratio is not None else []),
         ("memory held", f"{grammar.format_size(total)} = {parts}"),
         ("memory saved", saved),
         ("pager CPU", f"{stats.pager_cpu_seconds:.1f} s"),

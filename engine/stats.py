@@ -89,11 +89,14 @@ class RegionStats:
     memory now, resident for all the pager knows."""
 
     @property
-    def ratio(self) -> float:
-        """Bytes of the pages in the pool over the bytes they take there; 0.0 without any,
-        as where the store is not a `ram:` that the fault server serves."""
+    def ratio(self) -> float | None:
+        """Bytes of the pages in the pool over the bytes they take there.
+
+        None while there are none, and where the store is not a `ram:` that the fault server serves:
+        other stores do not tell a region what its pages take (`userswap store bench` measures it).
+        """
         stored = (self.pool_pages + self.pool_same_filled) * 4096
-        return stored / self.pool_object_bytes if self.pool_object_bytes else 0.0
+        return stored / self.pool_object_bytes if self.pool_object_bytes else None
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
