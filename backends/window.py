@@ -5,9 +5,10 @@ Responsible for: that. Must not know: who uses it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
-from userswap.backends.store import Run, Store, pages_between, pages_of
+from userswap.backends.store import Run, Store, StoreError, pages_between, pages_of
 from userswap.backends.volume import Extent, Volume
 
 
@@ -24,20 +25,35 @@ class Window(Store):
         self.extent = extent
 
     async def read(self, runs: Sequence[Run]) -> None:
-        await self.volume.store.read([self._moved(run) for run in runs])
+        moved = [self._moved(run) for run in runs]
+        with self._named():
+            await self.volume.store.read(moved)
 
     async def write(self, runs: Sequence[Run]) -> None:
-        await self.volume.store.write([self._moved(run) for run in runs])
+        moved = [self._moved(run) for run in runs]
+        with self._named():
+            await self.volume.store.write(moved)
 
     async def discard(self, index: int, count: int) -> None:
         pages_between(self, index, count)
-        await self.volume.store.discard(self.extent.base + index, count)
+        with self._named():
+            await self.volume.store.discard(self.extent.base + index, count)
 
     async def flush(self) -> None:
         await self.volume.store.flush()
 
     async def aclose(self) -> None:
         await self.volume.aclose()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors name pages of this store."""
+        try:
+            yield
+        except StoreError as error:
+            if error.page is not None:
+                error.page -= self.extent.base
+            raise
 
     def _moved(self, run: Run) -> Run:
         return Run(self.extent.base + pages_of(self, run).start, run.buffer)
