@@ -150,17 +150,20 @@ def test_a_stopped_pager_is_waited_for_and_spoken_of(seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hog", "beside"),
+    ("how", "beside", "faults"),
     [
-        ("trial:?hog=200ms", "ram:lz4"),
-        ("trial:?garbage=300000", "ram:lz4"),
-        ("trial:?sleep=1s", "ram:lz4"),
-        ("trial:?sleep=1s", "memory:"),
+        ("sleep", "ram:lz4", 5000),
+        ("sleep", "memory:", 5000),
+        ("spin", "ram:lz4", 2000),
+        ("collect", "ram:lz4", 2000),
     ],
 )
-def test_a_store_that_blocks_stops_no_other_region(hog: str, beside: str) -> None:
-    """A store that keeps the interpreter, collects garbage, or sleeps on its thread."""
-    print(check(call(life_scenarios.measure_beside_a_blocked_store, hog=hog, beside=beside)))
+def test_a_store_that_blocks_stops_no_other_region(how: str, beside: str, faults: int) -> None:
+    """A store that sleeps on its thread, keeps the interpreter, or collects garbage."""
+    source = call(
+        life_scenarios.fault_beside_a_blocked_store, how=how, beside=beside, faults=faults
+    )
+    print(check(source))
 
 
 def test_a_stream_of_faults_starves_no_request(seed: int) -> None:

@@ -11,10 +11,9 @@ entry point, as a third party's would be (see `proof.Child`).
     read_delay, write_delay
                   each call takes a random share of that time: a write lands late, a read returns
                   what was there when it began. Later calls overtake earlier ones.
-    hog, garbage  each read keeps the interpreter busy so long, or collects garbage of so many
-                  objects
+    block, until  each read stops its thread until a file appears, in one of three ways: sleep,
+                  spin (keep the interpreter busy), collect (garbage, without a break)
     strict        two operations on one page at a time, of which one writes, end the pager
-    sleep         each read stops the store's thread for so long
     report        a file that gets one line of JSON about every failure, and one at the end
 
 The volume's own pages, and whatever comes before the first write of another page, are not on trial.
@@ -74,9 +73,8 @@ class TrialStore(Store):
         self._read_delay = options.duration("read_delay", 0.0)
         self._write_delay = options.duration("write_delay", 0.0)
         self._rare = options.integer("rare", 1, low=1, high=1 << 20)
-        self._hog = options.duration("hog", 0.0)
-        self._sleep = options.duration("sleep", 0.0)
-        self._garbage = options.integer("garbage", 0, low=0, high=1 << 24)
+        self._until = options.text("until", "")
+        self._how_blocked = options.choice("block", "sleep", ("sleep", "spin", "collect"))
         self._strict = options.boolean("strict", False)
         self._report = options.text("report", "")
         self._random = random.Random(options.integer("seed", 1, low=0, high=1 << 40))
@@ -91,7 +89,7 @@ class TrialStore(Store):
         pages = [page for run in runs for page in pages_of(self, run)]
         with self._alone(pages, changing=False):
             self._count("read", pages)
-            self._block()
+            self._block(pages)
             if self._lost >= 0 and self._lost + FIRST in pages:
                 raise PageLostError("is lost", store=NAME, page=self._lost)
             content = [self._content(page) for page in pages]
@@ -159,19 +157,23 @@ class TrialStore(Store):
             raise StoreFailedError("has failed", store=NAME, page=page)
         raise RuntimeError("a bug of the store")
 
-    def _block(self) -> None:
-        time.sleep(self._sleep)
-        until = time.monotonic() + self._hog
-        while time.monotonic() < until:
-            pass
-        if self._garbage:
-            rings: list[list[object]] = []
-            for _ in range(self._garbage):
-                ring: list[object] = []
-                ring.append(ring)
-                rings.append(ring)
-            del rings
-            gc.collect()
+    def _block(self, pages: list[int]) -> None:
+        if not self._until or not self._armed or pages[0] < FIRST:
+            return
+        self._tell(blocked=pages)
+        while not os.path.exists(self._until):
+            if self._how_blocked == "sleep":
+                time.sleep(0.05)
+            elif self._how_blocked == "spin":
+                until = time.monotonic() + 0.2
+                while time.monotonic() < until:
+                    pass
+            else:
+                rings: list[list[object]] = [[] for _ in range(300_000)]
+                for ring in rings:
+                    ring.append(ring)
+                del rings
+                gc.collect()
 
     async def _wait(self, delay: float) -> None:
         if delay and self._random.randrange(self._rare) == 0:
