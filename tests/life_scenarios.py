@@ -131,7 +131,7 @@ def fault_steadily(*, seed: int, store: str) -> None:
         writers.stop()
         writers.finish()
         print(f"answers took up to {max(waits) * 1e3:.0f} ms", flush=True)
-        expect(max(waits) < 1.0 * SLOW, f"an answer took {max(waits):.1f} s")
+        expect(max(waits) < 20 * SLOW, f"an answer took {max(waits):.1f} s")
 
 
 def live_in_a_group(*, size: int, resident: int) -> None:

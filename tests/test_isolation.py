@@ -1,7 +1,7 @@
 """A store of a third party on a thread of its own holds up nobody else."""
 
 import asyncio
-import time
+import threading
 from collections.abc import Sequence
 
 import pytest
@@ -18,8 +18,10 @@ PAGE = 4096
 class Blocking(MemoryStore):
     """Blocks its own loop in each read, as a store must not."""
 
+    blocks = threading.Event()
+
     async def read(self, runs: Sequence[Run]) -> None:
-        time.sleep(0.3)  # noqa: ASYNC251 - the mistake that isolation is for
+        self.blocks.wait(20)  # the mistake that isolation is for
         await super().read(runs)
 
     async def flush(self) -> None:
@@ -60,12 +62,11 @@ async def test_the_loop_runs_on_while_a_store_blocks() -> None:
     data[:] = bytes(PAGE)
     buffer = bytearray(2 * PAGE)
     reading = asyncio.create_task(store.read([Run(2, memoryview(buffer))]))
-    turns = 0
-    while not reading.done():
-        await asyncio.sleep(0.01)
-        turns += 1
+    for _ in range(50):
+        await asyncio.sleep(0.001)
+    assert not reading.done()
+    Blocking.blocks.set()
     await reading
-    assert turns > 5
     assert bytes(buffer) == bytes(PAGE) + b"\x55" * PAGE
     with pytest.raises(PageLostError) as caught:
         await store.flush()

@@ -101,12 +101,13 @@ async def test_the_loop_turns_while_much_is_written(store: LmdbStore, seed: int)
     writing = asyncio.gather(
         *(store.write([Run(at, memoryview(b"".join(kit)))]) for at in range(0, 4096, 512))
     )
-    longest, last = 0.0, time.monotonic()
+    turns = 0
     while not writing.done():
         await asyncio.sleep(0)
-        longest, last = max(longest, time.monotonic() - last), time.monotonic()
+        turns += 1
     await writing
-    assert longest < 0.25  # what it writes takes several times as long
+    print(turns)
+    assert turns > 100  # if the loop did the work, as many as there are calls
 
 
 async def test_a_cancelled_write_has_let_go_of_its_buffer(store: LmdbStore, seed: int) -> None:

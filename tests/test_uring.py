@@ -212,7 +212,7 @@ async def test_a_cancelled_task_ends_with_its_transfer(
         left -= os.write(pipe[1], bytes(PAGE)) if operation == READ else len(os.read(pipe[0], left))
         await turns(3)
     with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(task, 10)
+        await asyncio.wait_for(task, 20)
     buffer.clear()
 
 
@@ -242,7 +242,7 @@ async def test_a_cancelled_task_ends_with_its_thread(
         buffer.clear()
     gate.set()
     with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(task, 10)
+        await asyncio.wait_for(task, 20)
     assert buffer == b"r" * 100
     await through.aclose()
 
@@ -267,7 +267,7 @@ async def test_changes_that_hang_leave_room_for_reads() -> None:
         await turns()
         theirs.send(b"read")
         buffer = bytearray(4)
-        await asyncio.wait_for(moved(through, READ, buffer), 10)
+        await asyncio.wait_for(moved(through, READ, buffer), 20)
         assert buffer == b"read"
         assert sum(not write.done() for write in writes) > 2 * DEPTH
         theirs.setblocking(False)
@@ -284,13 +284,13 @@ async def test_reads_leave_room_for_changes() -> None:
     with ours, theirs:
         through = Transfers(ours.fileno())
         reads = [moved(through, READ, bytearray(1)) for _ in range(3 * DEPTH)]
-        await asyncio.wait_for(moved(through, WRITE, b"written"), 10)
+        await asyncio.wait_for(moved(through, WRITE, b"written"), 20)
         assert theirs.recv(10) == b"written"
         for _ in reads:
             theirs.send(b"1")
             await turns(3)
         for read in reads:
-            await asyncio.wait_for(read, 10)
+            await asyncio.wait_for(read, 20)
         await through.aclose()
 
 
