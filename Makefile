@@ -36,8 +36,8 @@ check: build  ## lint, format, types, floors and the C compiler's warnings
 debug:  ## run the tests with state checks, AddressSanitizer and UndefinedBehaviorSanitizer
 	.ci/debug $(ARGS)
 
-vm: build  ## run the loss tests on Debian's kernels in virtual machines (as root; long)
-	$(BIN)/pytest -m vm -s tests/test_vm.py $(ARGS)
+vm: build  ## run what needs virtual machines and is long (as root); ARGS=tests/test_nvmet.py: minutes
+	$(BIN)/pytest -m vm -s $(ARGS)
 
 fuzz: build  ## feed both ends of NVMe over TCP a million mutated streams; ARGS='--inputs N --seed N'
 	$(BIN)/python tests/nvme_fuzz.py $(ARGS)

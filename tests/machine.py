@@ -36,6 +36,8 @@ PACKAGES = {QEMU: "qemu-system-x86", "busybox": "busybox-static"}
 BOOT_SECONDS = 120 * SLOW
 SAY_SECONDS = 60 * SLOW
 NETWORK = ["virtio_pci", "virtio_net"]
+Files = dict[str, tuple[int, bytes]]
+"""Mode and content of files, by their path from the root."""
 
 INIT = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
@@ -145,7 +147,7 @@ class Kernel:
         return ordered
 
 
-def archive(files: dict[str, tuple[int, bytes]]) -> bytes:
+def archive(files: Files) -> bytes:
     """A cpio archive, in the form that the kernel unpacks into its first root."""
     out = bytearray()
     folders = sorted({str(p) for name in files for p in Path(name).parents if str(p) != "."})
@@ -159,7 +161,7 @@ def archive(files: dict[str, tuple[int, bytes]]) -> bytes:
     return bytes(out)
 
 
-def program(path: str) -> dict[str, tuple[int, bytes]]:
+def program(path: str) -> Files:
     """A program of this machine, and its libraries, for a machine's root."""
     where = shutil.which(path)
     if where is None:
@@ -192,7 +194,7 @@ class Machine:
         *,
         modules: Sequence[str],
         arguments: dict[str, str] | None = None,
-        files: dict[str, tuple[int, bytes]] | None = None,
+        files: Files | None = None,
         memory_mib: int = 256,
     ) -> None:
         provide(PACKAGES)

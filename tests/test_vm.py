@@ -1,6 +1,6 @@
 """Debian's own kernels in virtual machines (tests/vm.sh): hours where the machine is emulated.
 
-Not among the tests that run by default: `make vm` asks for them.
+Not among the tests that run by default: `make vm ARGS=tests/test_vm.py` asks for them.
 """
 
 from __future__ import annotations
