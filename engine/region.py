@@ -112,7 +112,9 @@ class Region:
             paged out then fail with EFAULT.
         placement: which CPU serves faults: "same" as the faulting thread's, "other", "none" (as
             the scheduler likes) or "auto".
-        prefetch: "streams" or "none".
+        prefetch: what is read ahead at a fault: "streams" (sequential and strided scans, many at
+            once), "successor" (what followed last time: irregular orders that come again),
+            "linux" or "leap" (as others do it, for comparison), or "none".
         mover: how written pages leave: "move" (Linux 6.8), by which the kernel itself refuses pages
             that I/O has hold of, or "protect" (Linux 5.7), which loses direct I/O (O_DIRECT) that
             takes longer than a grace of 100 ms, and takes no written page while the process holds

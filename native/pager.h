@@ -246,6 +246,7 @@ uint32_t us_batch_number(const struct us_batch *batch);
 /* prefetch.c */
 bool us_await_ahead(struct us_region *region, uint32_t first, uint32_t count, uint64_t now);
 void us_read_strided(struct us_region *region, uint32_t index, struct us_ahead ahead, bool write, uint64_t now);
+void us_read_runs(struct us_region *region, const struct us_ahead_run *run, uint32_t runs, bool write, uint64_t now);
 int64_t us_region_prefetch(struct us_region *region, uint64_t first, uint64_t count);
 
 /* discard.c */

@@ -62,6 +62,43 @@ void us_read_strided(struct us_region *region, uint32_t index, struct us_ahead a
     }
 }
 
+static bool is_stored(const struct us_region *region, uint32_t index) {
+    us_word *word = us_word_peek(region, index);
+    uint64_t seen = word ? atomic_load(word) : US_ZERO;
+    return us_state_of(seen) == US_STORED && !(seen & US_BUSY);
+}
+
+/* Pages that a policy named, as many as one install or one read of the store may bring; false when there is no room. */
+static bool read_some(struct us_region *region, uint32_t first, uint32_t count, bool write, uint64_t now) {
+    if (!region->pool)
+        return us_await_ahead(region, first, count, now);
+    uint64_t seen = atomic_load(us_word_at(region, first));
+    if (us_state_of(seen) != US_STORED || (seen & US_BUSY))
+        return true;
+    if (!us_reserve_ahead(region))
+        return false;
+    us_count(&region->count.ahead, 1);
+    us_fill_native(region, first, seen, count - 1, write, true);
+    return true;
+}
+
+/* Runs that a policy named, anywhere: what is not in the region, or not in the store, is left out. */
+void us_read_runs(struct us_region *region, const struct us_ahead_run *run, uint32_t runs, bool write, uint64_t now) {
+    for (uint32_t i = 0; i < runs; i++) {
+        int64_t first = run[i].first > 0 ? run[i].first : 0, end = run[i].first + run[i].count;
+        if (end > (int64_t)region->pages)
+            end = (int64_t)region->pages;
+        while (first < end) {
+            uint32_t count = 0;
+            while (count < US_RUN_MAX && first + count < end && is_stored(region, (uint32_t)first + count))
+                count++;
+            if (count && !read_some(region, (uint32_t)first, count, write, now))
+                return;
+            first += count ? count : 1;
+        }
+    }
+}
+
 /* Bring stored pages of a range in, as the program asks.  Returns how many pages of the range were dealt with: fewer than `count`
  * when there is no room at the moment. */
 int64_t us_region_prefetch(struct us_region *region, uint64_t first, uint64_t count) {

@@ -179,6 +179,9 @@ static bool serve_message(struct us_client *client, const struct us_uffd_message
         continue;
     if (fault.ahead.stride != 0 && fault.ahead.stride != 1)
         us_read_strided(region, fault.index, fault.ahead, message->flags & US_FAULT_WRITE, now);
+    if (fault.ahead.runs)
+        us_read_runs(region, region->prefetch->runs(region->prefetch_state), fault.ahead.runs,
+                     message->flags & US_FAULT_WRITE, now);
     if (!fault.parked)
         us_histogram_add(&region->native, us_now() - now);
     return !fault.parked;

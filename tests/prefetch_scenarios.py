@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import tempfile
 import threading
 import time
@@ -10,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from exercise import PAGE, Region, expect
-from scenarios import MIB, copy_out, fill, stored_pages
+from scenarios import MIB, copy_out, fill, stamp, stored_pages
 from userswap.backends.memory import MemoryStore
 from userswap.backends.store import Run
+from userswap.engine.policies.prefetch import names
 
 
 def beside_faults() -> None:
@@ -69,3 +71,23 @@ def beside_evictions() -> None:
             expect(region.stats().staging_bytes > 0, "what was on its way out has arrived")
             expect(pages[0] not in stored_pages(region), "the page did not come")
             held.unlink()
+
+
+def by_every_policy(*, store: str, seed: int) -> None:
+    """Whatever a policy names, the pages are the ones that were written."""
+    draw = random.Random(seed)
+    for policy in names():
+        with Region(4 * MIB, resident=5 * MIB // 4, store=store, prefetch=policy) as region:
+            pages = list(range(region.size // PAGE))
+            versions = dict.fromkeys(pages, 0)
+            fill(region)
+            irregular = draw.sample(pages, len(pages))
+            for order in (pages, irregular, irregular, pages[::-3]):
+                for page in order:
+                    found = bytes(region.memory[page * PAGE : (page + 1) * PAGE])
+                    expect(found == stamp(page, versions[page]), f"{policy}: page {page} is wrong")
+                    if draw.random() < 0.1:
+                        versions[page] += 1
+                        region.memory[page * PAGE : (page + 1) * PAGE] = stamp(page, versions[page])
+            read = region.stats().readahead_pages
+            expect((read > 0) == (policy not in ("none", "replay")), f"{policy} read {read} ahead")

@@ -1,4 +1,4 @@
-"""What a program prefetches: it waits for its own pages alone."""
+"""What a program and the policies prefetch: pages are right, and nobody waits for others."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ def test_a_prefetch_waits_for_its_own_pages_alone(
     scenario: Callable[[], None],
 ) -> None:
     check(call(scenario))
+
+
+@pytest.mark.parametrize("store", ["ram:lz4", "memory:"])
+def test_pages_are_right_whatever_policies_name(store: str, seed: int) -> None:
+    check(call(prefetch_scenarios.by_every_policy, store=store, seed=seed))
