@@ -80,6 +80,9 @@ class RamStore(Store):
             self.native = NativePool(self._pool, lib.us_pool_fd(self._pool), description)
 
     async def read(self, runs: Sequence[Run]) -> None:
+        self.read_now(runs)
+
+    def read_now(self, runs: Sequence[Run]) -> bool:
         table = self._table()
         for run in runs:
             first, count = self._blocks_of(pages_of(self, run))
@@ -88,6 +91,7 @@ class RamStore(Store):
                 done = lib.us_ram_read(table, first, count, place, self._error)
             if done < count:
                 raise self._failure("cannot be decompressed", (first + done) // self._blocks)
+        return True
 
     async def write(self, runs: Sequence[Run]) -> None:
         table = self._table()

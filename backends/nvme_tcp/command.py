@@ -104,7 +104,6 @@ EVENT_NAMESPACES = 1 << 8  # of the asynchronous events: the list of namespaces 
 EVENT_NAMESPACES_RESULT = 0x0004_0002
 """Of the completion: a notice (02h), the namespaces changed (00h), log 04h says which."""
 
-IO_COMMANDS = frozenset(Io)
 _CDW = Struct("<6I")
 
 

@@ -41,6 +41,8 @@ OPERATIONS = 32
 """Of one connection that are in the store at once; more would not make a store faster."""
 READ_BYTES = 1 << 20
 """Of one connection, read and not yet given to its transport; one command may have as much."""
+NAMES = {kind: kind.name.lower() for kind in Io}
+"""Of the counters."""
 TICK_S = 0.25
 LINGER_S = 2.0
 LINGERING = 32
@@ -355,7 +357,9 @@ class Connection(asyncio.BufferedProtocol):
         finally:
             self._running -= 1
             self._answer(operation, size, *outcome)
-            if not self._scheduled:
+            if not self._running:
+                self.pump()
+            elif not self._scheduled:  # others may be ready too: one send for all
                 self._scheduled = True
                 self._server.loop.call_soon(self._pump_soon)
 
@@ -367,7 +371,7 @@ class Connection(asyncio.BufferedProtocol):
         assert self.session is not None
         self._read += size
         counts = self._server.counts
-        counts[operation.kind.name.lower()] += 1
+        counts[NAMES[operation.kind]] += 1
         if status:
             counts[f"failed {Status(status).name.lower()}"] += 1
         self.session.complete(operation, status, data)

@@ -27,6 +27,7 @@ AT_CONTROLLER, AT_SUBSYSTEM, AT_HOST = 0x10010, 0x10100, 0x10200  # in the data 
 AT_RECFMT, AT_QUEUE, AT_SIZE = 0x28, 0x2A, 0x2C  # in the command
 DEALLOCATE = 1 << 2
 NAMESPACES = 32
+KINDS = {int(kind): kind for kind in Io}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class RefusedError(Exception):
     """There are as many connections as the rules allow."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Operation:
     """What is to be done with the blocks of a namespace; answer it with `Session.complete`."""
 
@@ -360,22 +361,22 @@ class Session:
 
     def _judge(self, sqe: Sqe, data: memoryview) -> Operation | int:
         """An I/O command as an operation, or the status that says why not."""
-        if sqe.opcode not in nvme.IO_COMMANDS:
+        kind = KINDS.get(sqe.opcode)
+        if kind is None:
             return Status.INVALID_OPCODE
         controller = self.controller
         assert controller is not None
         if not controller.ready:
             return Status.SEQUENCE_ERROR
-        kind = Io(sqe.opcode)
         namespace = self.target.namespaces.get(sqe.nsid)
         if namespace is None:
             known = 0 < sqe.nsid <= NAMESPACES
             return Status.PATH_ERROR if known else Status.INVALID_NAMESPACE
-        if kind == Io.FLUSH:
+        if kind is Io.FLUSH:
             return Operation(sqe.cid, kind, sqe.nsid)
         dwords = sqe.dwords()
         flags = dwords[2]
-        if kind == Io.DATASET_MANAGEMENT:
+        if kind is Io.DATASET_MANAGEMENT:
             number = (sqe.cdw[0] + 1) * nvme.RANGE.size
             if len(data) < number:
                 return Status.SGL_LENGTH_INVALID
@@ -385,17 +386,20 @@ class Session:
         else:
             first, count = nvme.blocks_of(dwords)
             ranges = ((first, count),)
-            size = 0 if kind == Io.WRITE_ZEROES else count * namespace.block_size
+            size = 0 if kind is Io.WRITE_ZEROES else count * namespace.block_size
             if sqe.length != size:
                 return Status.SGL_LENGTH_INVALID
-        if any(first + count > namespace.blocks for first, count in ranges):
-            return Status.LBA_OUT_OF_RANGE
+        for first, count in ranges:
+            if first + count > namespace.blocks:
+                return Status.LBA_OUT_OF_RANGE
+        if kind is Io.READ:
+            return Operation(sqe.cid, kind, sqe.nsid, ranges)
         return Operation(
             cid=sqe.cid,
             kind=kind,
             nsid=sqe.nsid,
             ranges=ranges,
             data=data,
-            durable=bool(flags & nvme.FUA) and kind != Io.DATASET_MANAGEMENT,
-            deallocate=bool(flags & nvme.DEALLOCATE) or kind == Io.DATASET_MANAGEMENT,
+            durable=bool(flags & nvme.FUA) and kind is not Io.DATASET_MANAGEMENT,
+            deallocate=bool(flags & nvme.DEALLOCATE) or kind is Io.DATASET_MANAGEMENT,
         )

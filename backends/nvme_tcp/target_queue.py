@@ -50,6 +50,7 @@ from userswap.backends.nvme_tcp.wire import SCRATCH_SMALL, Wire
 TO_CONTROLLER, TO_HOST = 1, 2
 DIGESTS = pdu.HDGST | pdu.DDGST
 HPDA_MAX = 31
+NOTHING = memoryview(b"")
 RETRYABLE = frozenset({Status.TRANSIENT_TRANSPORT, Status.INTERRUPTED, Status.NAMESPACE_NOT_READY})
 """What may succeed another time; all else is told not to be tried again."""
 
@@ -73,7 +74,7 @@ class Limits:
     """bytes of data that were asked for and are not answered for yet"""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Arrived:
     """A command and the data it brought; to be answered by `complete`."""
 
@@ -240,12 +241,12 @@ class TargetQueue(Wire[Event]):
 
     def _capsule(self, body: memoryview, size: int) -> memoryview | None:
         sqe = Sqe._make(SQE.unpack(body))
-        known = sqe.cid in self._pending
-        check(not known, Fatal.SEQUENCE, 10, "CapsuleCmd: CID {} is in use", sqe.cid)
+        cid, commands = sqe.cid, self._pending
         # Linux's host also fills the entry that tells a full queue from an empty one.
-        room = len(self._pending) < self.entries
-        check(room, Fatal.SEQUENCE, 0, "CapsuleCmd: more than {} commands", self.entries)
-        pending = self._pending[sqe.cid] = _Pending(sqe, memoryview(b""))
+        if cid in commands or len(commands) >= self.entries:
+            check(cid not in commands, Fatal.SEQUENCE, 10, "CapsuleCmd: CID {} is in use", cid)
+            check(False, Fatal.SEQUENCE, 0, "CapsuleCmd: more than {} commands", self.entries)
+        pending = commands[cid] = _Pending(sqe, NOTHING)
         status = self._judge(sqe, size)
         if status:
             # What the capsule brings is received and forgotten.
