@@ -9,11 +9,11 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from userswap.backends.harness import Harness
 from userswap.backends.memory import MemoryStore
-from userswap.backends.nvme_tcp.server import Server, serve
+from userswap.backends.nvme_tcp.server import Rules, Server, serve
 from userswap.backends.store import Geometry, Run, Store, pages_of
 
 NQN = "nqn.2026-01.test:remote"
@@ -28,17 +28,20 @@ def url(address: tuple[str, int], **options: object) -> str:
     return f"nvme+tcp://{host}:{port}/{NQN}?nsid=1{given}"
 
 
-async def started(medium: Store, *, port: int = 0, block_size: int = 4096) -> Server:
+async def started(
+    medium: Store, *, port: int = 0, block_size: int = 4096, rules: Rules | None = None
+) -> Server:
+    listen = ("127.0.0.1", port)
     return await serve(
-        medium, nqn=NQN, listen=("127.0.0.1", port), block_size=block_size, nguid=NGUID
+        medium, nqn=NQN, listen=listen, block_size=block_size, nguid=NGUID, rules=rules
     )
 
 
 @contextlib.asynccontextmanager
-async def served(medium: Store | None = None, *, block_size: int = 4096) -> AsyncIterator[Server]:
+async def served(medium: Store | None = None, **how: Any) -> AsyncIterator[Server]:
     """A target on a port of its own."""
     medium = medium or MemoryStore(PAGES)
-    server = await started(medium, block_size=block_size)
+    server = await started(medium, **how)
     try:
         yield server
     finally:
@@ -55,7 +58,13 @@ class Remote(Harness):
         self._servers: list[Server] = []
 
     async def open(self, geometry: Geometry | None = None) -> Store:
-        server = await started(MemoryStore(PAGES), block_size=self._block_size)
+        return await self._open(MemoryStore(PAGES), geometry)
+
+    async def open_limited(self) -> Store:
+        return await self._open(MemoryStore(PAGES, limit=1 << 20), Geometry(PAGES - 1))
+
+    async def _open(self, medium: Store, geometry: Geometry | None) -> Store:
+        server = await started(medium, block_size=self._block_size)
         self._servers.append(server)
         self._place = url(server.address, **self._options)
         return await self.reopen(geometry)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 
 from userswap.backends.nvme_tcp import command as nvme
@@ -25,11 +26,12 @@ from userswap.backends.nvme_tcp.unflushed import UNIT, Unflushed
 from userswap.backends.nvme_tcp.url import Place
 from userswap.backends.store import StoreError, StoreFailedError
 
-TRANSFER_MAX = 1 << 20
+TRANSFER_MAX = 128 << 10
+"""Bytes of one command: a page that somebody waits for is not to stand behind a MiB."""
 ZEROES_MAX = 32 << 20
 """Bytes of one Write Zeroes, which a target may have to write."""
 BLOCKS_MAX = 1 << 16  # of one command
-AT_ONCE = 32
+AT_ONCE = 64
 """Commands that write again, or zeros."""
 LEAVE_S = 2.0
 ONCS_NOT_SUPPORTED = 0x180
@@ -184,24 +186,20 @@ class RemoteNamespace:
             raise self.refused("has another size now")
 
     async def _rewrite(self) -> None:
-        """What was answered, and may have been in a cache that lost its power."""
+        """What was answered, and may have been in a cache that lost its power: part by part, so
+        that a way that is soon lost again leads somewhere."""
         if self.unflushed is None:
             return
-        written, zeroed = self.unflushed.all()
-        if not written and not zeroed:
-            return
-        mark = self.unflushed.seal()
-        for first, count in zeroed:
-            at, end = first, first + count
-            while at < end:
-                commands = self.zeros(at, end)
-                await self._again([(command, data) for _, _, command, data in commands])
-                at = commands[-1][0] + commands[-1][1]
-        again = [(self.write(unit, 1), data) for unit, data in written.items()]
-        for at in range(0, len(again), AT_ONCE):
-            await self._again(again[at : at + AT_ONCE])
-        await self._flush()
-        self.unflushed.confirm(mark)
+        written, zeroed = self.unflushed.merge()
+        while zeros := next(iter(zeroed), None):
+            at, count = zeros
+            commands = self.zeros(at, at + count)
+            await self._again([(command, data) for _, _, command, data in commands])
+            zeroed.remove(at, commands[-1][0] + commands[-1][1] - at)
+        while units := list(itertools.islice(written, AT_ONCE)):
+            await self._again([(self.write(unit, 1), written[unit]) for unit in units])
+            for unit in units:
+                del written[unit]
 
     async def _again(self, commands: Sequence[tuple[Command, bytes | None]]) -> None:
         path = self.path
@@ -209,6 +207,7 @@ class RemoteNamespace:
             *(path.must("written again", command, data=data) for command, data in commands)
         )
         path.counters.rewritten += len(commands)
+        await self._flush()
 
     # --- the last unit ---
 

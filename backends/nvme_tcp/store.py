@@ -355,9 +355,7 @@ class NvmeStore(Store):
             assert buffer is not None
             pages = self._pages(request)
             if request.units <= self._per_page:
-                errors.append(self._error(request, status))
-                if writes:
-                    self._doubtful.update(pages)
+                self._failed_to(request, status, writes, errors)
                 continue
             for page in pages:
                 at = (page - pages.start) * self.page_size
@@ -365,14 +363,22 @@ class NvmeStore(Store):
                 single = _Transfer(self._loop, transfer.kept)
                 self._add(single, page, part, writes)
                 await self._perform(single, [range(page, page + 1)] if writes else ())
-                for again in single.failures:
-                    errors.append(self._error(*again))
-                    again[0].into = again[0].data = None
-                    if writes:
-                        self._doubtful.add(page)
+                for again, why in single.failures:
+                    again.into = again.data = None
+                    self._failed_to(again, why, writes, errors)
         if errors:
             # A page that is lost is told of alone; before it, what concerns all of them.
             raise min(errors, key=lambda error: isinstance(error, PageLostError))
+
+    def _failed_to(
+        self, request: Request, status: int, writes: bool, errors: list[StoreError]
+    ) -> None:
+        """A part of one page, or all of it, for good."""
+        errors.append(self._error(request, status))
+        # Where there was no room for a whole page, the old one is there.
+        full = code_of(status) == Status.CAPACITY_EXCEEDED and request.units == self._per_page
+        if writes and not full:
+            self._doubtful.update(self._pages(request))
 
     # --- pages ---
 

@@ -74,12 +74,15 @@ class Unflushed:
         while self._sealed - len(self._epochs) + 1 < mark:
             self._epochs.popleft()
 
-    def all(self) -> tuple[dict[int, bytes], list[tuple[int, int]]]:
-        """Units and their data, and ranges of zeros (first, count), as they are to be."""
+    def merge(self) -> tuple[dict[int, bytes], Ranges]:
+        """All of it as it is to be, units with their data and ranges of zeros; whoever has written
+        some of it again, and flushed, removes that. No mark confirms any of it any more."""
         merged = _Epoch()
         for epoch in self._epochs:
             for first, count in epoch.zeroed:
                 merged.zero(first, count)
             for unit, data in epoch.written.items():
                 merged.write(unit, data)
-        return merged.written, list(merged.zeroed)
+        self._sealed += 1
+        self._epochs = deque([merged, _Epoch()])
+        return merged.written, merged.zeroed
