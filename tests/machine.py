@@ -233,6 +233,10 @@ class Machine:
             *("-device", "virtio-rng-pci"),
         ]
 
+    def capture(self, path: Path) -> None:
+        """Before it starts: keep all that goes over its network, in the form of libpcap."""
+        self._command += ["-object", f"filter-dump,id=dump,netdev=net,file={path}"]
+
     def __enter__(self) -> Self:
         with (self.folder / "qemu").open("w") as errors:
             self._process = subprocess.Popen(
