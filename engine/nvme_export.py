@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NQN",
-        help="a host that may connect; again. Without any: all of this machine",
+        help="a host that may connect; again. Without any: every user of this machine",
     )
     add(
         "--block-size",

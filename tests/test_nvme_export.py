@@ -218,6 +218,29 @@ async def test_a_discovery_that_is_refused_says_so() -> None:
     assert (asked.returncode, SUBSYSTEM in asked.stdout) == (0, True), asked
 
 
+async def test_an_ipv6_address_is_discovered_as_one() -> None:
+    async with await serve(MemoryStore(16), nqn=SUBSYSTEM, listen=("::1", 0)) as server:
+        (log,) = await discover(server.address)
+        (entry,) = log.entries
+        assert (entry.address, entry.family) == ("::1", identify.IPV6)
+        assert entry.service == str(server.address[1])
+
+
+def test_a_store_over_there_passes_the_contract(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with exporting(f"file:{tmp_path}/medium", "--listen", "127.0.0.1:0", "--block-size", "512") as (
+        _,
+        _,
+        said,
+    ):
+        _, shown, _ = answered("store", "check", said["url"], "--json", capsys=capsys)
+    failed = {each["check"] for each in shown["checks"] if each["result"] == "failed"}
+    # NVMe lets hosts share a namespace.
+    assert failed <= {"opened by one at a time"}
+    assert len(shown["checks"]) > 15
+
+
 async def test_referrals_are_followed_once() -> None:
     """Two targets that refer to each other, and to nobody."""
     store = MemoryStore(16)

@@ -1,21 +1,33 @@
-"""A region on another machine's memory, over a network that is slow, loses packets, and is cut."""
+"""A region on another machine: a network that is slow, loses packets, is cut; a killed target."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+import random
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 
 from nvme_socket import exporting
-from nvme_wire import TARGET, Machines, machines
+from nvme_wire import TARGET, machines
 from support import kill_session
+from userswap.backends.registry import open_stack
+from userswap.backends.store import Geometry, Run, Store, StoreFailedError
+
+T = TypeVar("T")
 
 pytestmark = pytest.mark.privileged
 
 CUT_S = 5
+PATIENCE = "ctrl_loss_tmo=1min&reconnect_delay=200ms&keep_alive_tmo=2s"
 PAGES = 1024
 TOUCHER = """
 import json, random, sys
@@ -59,8 +71,8 @@ print(json.dumps({"awaited": loads, "lost": lost}), flush=True)
 class Toucher:
     """A program on the host's machine whose memory is the target's."""
 
-    def __init__(self, on: Machines, url: str) -> None:
-        command = [*on.on(on.host), sys.executable, "-P", "-c", TOUCHER, url, str(PAGES)]
+    def __init__(self, url: str, prefix: Sequence[str] = ()) -> None:
+        command = [*prefix, sys.executable, "-P", "-c", TOUCHER, url, str(PAGES)]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -105,8 +117,8 @@ def test_no_page_is_lost_on_the_way(delay: float, loss: float, cut: bool) -> Non
         with exporting("ram:lz4", *listen, prefix=on.on(on.target)) as (_, _, said):
             on.tell(f"delay {delay}")
             on.tell(f"loss {loss}")
-            patience = "ctrl_loss_tmo=1min&reconnect_delay=200ms&keep_alive_tmo=2s"
-            toucher = Toucher(on, f"{said['url']}?hostnqn={host}&{patience}")
+            url = f"{said['url']}?hostnqn={host}&{PATIENCE}"
+            toucher = Toucher(url, on.on(on.host))
             try:
                 assert toucher.answer() == "filled", toucher.process.communicate()[1]
                 toucher.ask(60)
@@ -124,3 +136,69 @@ def test_no_page_is_lost_on_the_way(delay: float, loss: float, cut: bool) -> Non
     assert found["lost"] == 0
     assert found["awaited"] > 60
     assert bool(dropped) == (cut or bool(loss))
+
+
+def quiet_port() -> int:
+    """A free one that no connection is given by chance while nobody listens there."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
+def test_a_killed_target_that_comes_back_has_every_page(tmp_path: Path) -> None:
+    medium, listen = f"file:{tmp_path}/medium", f"127.0.0.1:{quiet_port()}"
+    toucher: Toucher | None = None
+    try:
+        for life in range(3):
+            with exporting(medium, "--listen", listen) as (target, _, said):
+                if toucher is None:
+                    toucher = Toucher(f"{said['url']}?{PATIENCE}")
+                    assert toucher.answer() == "filled", toucher.process.communicate()[1]
+                else:
+                    assert toucher.answer() == str(400 * life)  # faults resume
+                toucher.ask(200)
+                assert toucher.answer() == str(400 * life + 200)
+                toucher.ask(200)
+                target.kill()
+                target.wait()
+                target.returncode = 0  # `exporting` wants it to end well
+        assert toucher is not None
+        with exporting(medium, "--listen", listen, size=""):
+            assert toucher.answer() == "1200"
+            assert toucher.finish()["lost"] == 0
+    finally:
+        if toucher is not None:
+            toucher.kill()
+
+
+async def test_a_target_that_lost_its_memory_gives_no_zeros() -> None:
+    """What ram: held ended with the process: a host that comes back is not told it is there."""
+    listen = f"127.0.0.1:{quiet_port()}"
+
+    def export(work: Callable[[dict[str, Any]], T]) -> T:
+        with exporting("ram:lz4", "--listen", listen) as (_, _, said):
+            return work(said)
+
+    loop = asyncio.get_running_loop()
+
+    async def fill(url: str) -> Store:
+        store = await open_stack(f"{url}?{PATIENCE}", Geometry(64))
+        await store.write([Run(0, memoryview(b"x" * 4096))])
+        await store.flush()
+        return store
+
+    def filled(said: dict[str, Any]) -> Store:
+        return asyncio.run_coroutine_threadsafe(fill(said["url"]), loop).result(60)
+
+    store = await asyncio.to_thread(export, filled)
+
+    async def read() -> None:
+        await store.read([Run(0, memoryview(bytearray(4096)))])
+
+    def again(said: dict[str, Any]) -> None:
+        asyncio.run_coroutine_threadsafe(read(), loop).result(60)
+
+    with pytest.raises(StoreFailedError, match="is another one now"):
+        await asyncio.to_thread(export, again)
+    await store.aclose()

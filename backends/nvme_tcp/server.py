@@ -110,6 +110,8 @@ class Server:
         self.connections: dict[Session, Connection] = {}
         self.counts: Counter[str] = Counter()
         self.tasks: set[asyncio.Task[None]] = set()
+        self._told: dict[int, str] = {}
+        """The hosts of controllers that the operator knows of."""
         self._lingering: dict[Connection, float] = {}
         self._listener: asyncio.Server | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -202,6 +204,20 @@ class Server:
             self.settle()
             for connection in [c for c, until in self._lingering.items() if until <= now]:
                 connection.abort()
+            self._tell_operator()
+
+    def _tell_operator(self) -> None:
+        """Which hosts came and went; one that only asked what there is was neither."""
+        there = {
+            number: controller.connect.host
+            for number, controller in self.target.controllers.items()
+            if controller.identity.discovery is None
+        }
+        for number in there.keys() - self._told.keys():
+            log.info("controller %d: %s is here", number, there[number])
+        for number in self._told.keys() - there.keys():
+            log.info("controller %d: %s has left", number, self._told[number])
+        self._told = there
 
 
 class Connection(asyncio.BufferedProtocol):
