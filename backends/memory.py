@@ -38,6 +38,7 @@ class MemoryStore(Store):
         self.page_count = page_count
         self._pages_max = page_count if limit is None else limit // page_size
         self._pages: dict[int, bytes] = {}
+        self._zeros = bytes(page_size)
         self._closed = False
         self.space = f"this process's memory, {self._pages_max} pages at most"
 
@@ -46,10 +47,9 @@ class MemoryStore(Store):
 
     def read_now(self, runs: Sequence[Run]) -> bool:
         self._check_open()
-        zeros = bytes(self.page_size)
         for run in runs:
-            content = (self._pages.get(index, zeros) for index in pages_of(self, run))
-            run.buffer.cast("B")[:] = b"".join(content)
+            content = [self._pages.get(index, self._zeros) for index in pages_of(self, run)]
+            run.buffer.cast("B")[:] = content[0] if len(content) == 1 else b"".join(content)
         return True
 
     async def write(self, runs: Sequence[Run]) -> None:

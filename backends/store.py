@@ -56,9 +56,12 @@ class Geometry:
         return None if self.page_count is None else self.page_count * self.page_size
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Run:
-    """Adjacent pages: the index of the first, and their bytes (n * page_size of them)."""
+    """Adjacent pages: the index of the first, and their bytes (n * page_size of them).
+
+    Nobody changes one. It is not frozen: every fault makes one, and that would take twice as long.
+    """
 
     index: int
     buffer: memoryview

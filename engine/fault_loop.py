@@ -118,10 +118,11 @@ class FaultLoop:
 
     def __init__(self, client: Any, uffd: int) -> None:
         self.client = client
-        self.regions: dict[int, Served] = {}
-        """By the address of the native region, as misses name it."""
+        self.regions: dict[Any, Served] = {}
+        """By the native region's pointer, as misses name it."""
         self._uffd = uffd
         self._misses = ffi.new("struct us_miss[]", MISSES_PER_DRAIN)
+        self._each_miss = [self._misses + i for i in range(MISSES_PER_DRAIN)]
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting: dict[int, tuple[float, Served]] = {}
         self._told: set[int] = set()
@@ -137,7 +138,7 @@ class FaultLoop:
 
     def region(self, handle: Any) -> Served:
         """The region that a native pointer names."""
-        return self.regions[int(ffi.cast("uintptr_t", handle))]
+        return self.regions[handle]
 
     def attach(self) -> None:
         """Take every fault, in the native server's place."""
@@ -148,28 +149,34 @@ class FaultLoop:
 
     def serve(self) -> None:
         """Answer what can be answered from memory; the rest become misses."""
-        if lib.us_serve(self.client, SERVE_ROUNDS) >= 0:
+        count = lib.us_serve_misses(self.client, SERVE_ROUNDS, self._misses, MISSES_PER_DRAIN)
+        self._fill_all(count)
+        if count == MISSES_PER_DRAIN:
             self.drain()
 
     def drain(self) -> None:
         """Start a fill for each miss that is there, demand before readahead."""
         while True:
             count = lib.us_take_misses(self.client, self._misses, MISSES_PER_DRAIN)
-            misses = [self._misses + i for i in range(count)]
-            for miss in sorted(misses, key=_is_ahead) if count > 1 else misses:
-                region = self.region(miss.region)
-                if self._fill_now(region, miss):
-                    continue
-                copy = ffi.new("struct us_miss *", miss[0])
-                region.transfers.begin()
-                task = start(self._fill(region, copy))
-                if not task.done():
-                    self._tasks.add(task)
-                    task.add_done_callback(self._tasks.discard)
-                    region.fills[task] = range(copy.first, copy.first + copy.count)
-                    task.add_done_callback(region.fills.pop)
+            self._fill_all(count)
             if count < MISSES_PER_DRAIN:
                 return
+
+    def _fill_all(self, count: int) -> None:
+        """Start a fill for each of the misses that were just taken; negative: none were."""
+        misses = self._each_miss[: max(count, 0)]
+        for miss in sorted(misses, key=_is_ahead) if count > 1 else misses:
+            region = self.regions[miss.region]
+            if self._fill_now(region, miss):
+                continue
+            copy = ffi.new("struct us_miss *", miss[0])
+            region.transfers.begin()
+            task = start(self._fill(region, copy))
+            if not task.done():
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+                region.fills[task] = range(copy.first, copy.first + copy.count)
+                task.add_done_callback(region.fills.pop)
 
     def _fill_now(self, region: Served, miss: Any) -> bool:
         """Serve a miss whose pages the store has at hand, without the price of a task.

@@ -151,7 +151,7 @@ class ClientService:
             await self.stores.close(backing)
             raise
         self.regions[number] = region
-        self.loop.regions[int(ffi.cast("uintptr_t", region.handle))] = region
+        self.loop.regions[region.handle] = region
         descriptors = [backing.native.fd] if backing.native else []
         return {"region": number, "name": name}, descriptors
 
@@ -223,7 +223,7 @@ class ClientService:
         await self.quiesce(region)
         check(lib.us_region_free(region.handle))
         del self.regions[number]
-        del self.loop.regions[int(ffi.cast("uintptr_t", region.handle))]
+        del self.loop.regions[region.handle]
         self._extents.release(region.table_base, region.pages)
         await self.stores.close(region.backing)
 

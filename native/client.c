@@ -57,20 +57,36 @@ int us_put_miss(struct us_client *client, const struct us_miss *miss) {
     bool room = client->miss_head - client->miss_tail < US_MISSES;
     if (room)
         client->miss[client->miss_head++ % US_MISSES] = *miss;
+    bool taken = client->loop_serves;
     pthread_mutex_unlock(&client->miss_lock);
-    us_tell_loop(client);
+    if (!taken)
+        us_tell_loop(client);
     return room ? 0 : -ENOSPC;
 }
 
-/* The asyncio loop takes what the fault server could not answer. */
-int us_take_misses(struct us_client *client, struct us_miss *out, int most) {
+static int take_misses(struct us_client *client, struct us_miss *out, int most) {
     int n = 0;
-    atomic_store(&client->loop_told, 0);
     pthread_mutex_lock(&client->miss_lock);
+    client->loop_serves = false;
     while (n < most && client->miss_tail != client->miss_head)
         out[n++] = client->miss[client->miss_tail++ % US_MISSES];
     pthread_mutex_unlock(&client->miss_lock);
     return n;
+}
+
+/* The asyncio loop takes what the fault server could not answer. */
+int us_take_misses(struct us_client *client, struct us_miss *out, int most) {
+    atomic_store(&client->loop_told, 0);
+    return take_misses(client, out, most);
+}
+
+/* The loop is the fault server: it takes at once what it could not answer, so that it need not be told of a miss. */
+int us_serve_misses(struct us_client *client, int rounds, struct us_miss *out, int most) {
+    pthread_mutex_lock(&client->miss_lock);
+    client->loop_serves = true;
+    pthread_mutex_unlock(&client->miss_lock);
+    int rc = us_serve(client, rounds), n = take_misses(client, out, most);
+    return n || rc >= 0 ? n : rc;
 }
 
 static int make_memfd(const char *name, uint64_t bytes, void **mapped) {

@@ -151,6 +151,7 @@ struct us_client {
     pthread_mutex_t miss_lock;
     struct us_miss *miss;
     uint32_t miss_head, miss_tail;
+    bool loop_serves; /* and takes the misses itself; under the lock too */
     _Atomic uint64_t ticket;
     _Atomic uint32_t loop_told;
     pthread_t server, worker, helper;
@@ -221,6 +222,7 @@ const uint8_t *us_zero_page(void);
 int us_serve(struct us_client *client, int rounds);
 void *us_server_main(void *client);
 int us_take_misses(struct us_client *client, struct us_miss *out, int most);
+int us_serve_misses(struct us_client *client, int rounds, struct us_miss *out, int most);
 int us_put_miss(struct us_client *client, const struct us_miss *miss);
 
 /* evictor.c, batch.c */

@@ -38,7 +38,7 @@ void us_region_detach(struct us_region *region, int unmapped);
 int us_region_free(struct us_region *region);
 void us_region_limit(struct us_region *region, uint64_t limit);
 
-int us_serve(struct us_client *client, int rounds);
+int us_serve_misses(struct us_client *client, int rounds, struct us_miss *out, int most);
 int us_take_misses(struct us_client *client, struct us_miss *out, int most);
 int us_fill_done(struct us_region *region, const struct us_miss *miss, const uint8_t *data, uint64_t *void_pages);
 uint64_t us_fill_failed(struct us_region *region, const struct us_miss *miss, int lost);
