@@ -5,19 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import pytest
 
+import nvme_scenarios
 import scenarios
 from nvme_remote import Cached, Proxy, started, url
-from proof import call, check, soon
+from proof import Child, call, check, soon
 from userswap.backends.nvme_tcp.server import Server
+from userswap.engine import probe
 
 pytestmark = pytest.mark.privileged  # the kernel itself faults on these pages
-MIB = 1 << 20
+LOSES = pytest.mark.skipif(
+    not probe.gather().has(probe.FEATURE_POISON),
+    reason="before Linux 6.6 who touches a lost page waits, instead of getting SIGBUS",
+)
 PAGES = 1 << 13
 
 T = TypeVar("T")
@@ -103,12 +109,35 @@ def test_connections_that_are_cut_anywhere(world: World, seed: int) -> None:
     whole = 3  # the first association
     world.proxy.cuts = lambda: rng.randrange(1_000_000) if world.proxy.accepted > whole else None
     with meanwhile(world, world.cut):
-        count(world, seed, 2500, data_digest="on")
+        count(world, seed, 1500, data_digest="on")
     assert world.proxy.cut_connections > 3
 
 
 def test_a_target_that_loses_its_power(world: World, seed: int) -> None:
     with meanwhile(world, world.restart):
-        count(world, seed, 2500)
+        count(world, seed, 1500)
     assert world.proxy.accepted > 3
     assert soon(lambda: not world.server.connections, 20)
+
+
+def test_a_fault_waits_for_a_target_that_is_away(world: World) -> None:
+    with Child(call(nvme_scenarios.touch_when_told, store=place(world))) as child:
+        child.said("ready")
+        world.do(world.server.stop())
+        child.go_on()
+        soon(lambda: "no way back yet" in child.err, 20)
+        assert child.process.poll() is None, "waits for its store"
+        world.do(world.restart())
+        assert child.wait() == 0
+        assert "back after" in child.err
+
+
+@LOSES
+def test_a_fault_that_waited_too_long_is_a_signal(world: World) -> None:
+    store = place(world, ctrl_loss_tmo="500ms")
+    with Child(call(nvme_scenarios.touch_when_told, store=store)) as child:
+        child.said("ready")
+        world.do(world.server.stop())
+        soon(lambda: "ctrl_loss_tmo=0.5s is over" in child.err, 20)
+        child.go_on()
+        assert child.wait() == -signal.SIGBUS

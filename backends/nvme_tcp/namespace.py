@@ -28,11 +28,13 @@ from userswap.backends.store import StoreError, StoreFailedError
 
 TRANSFER_MAX = 128 << 10
 """Bytes of one command: a page that somebody waits for is not to stand behind a MiB."""
-ZEROES_MAX = 32 << 20
-"""Bytes of one Write Zeroes, which a target may have to write."""
+ZEROES_MAX = 8 << 20
+ZEROES_AT_ONCE = 8
+"""Bytes of one Write Zeroes, and how many at once: a slow target may have to write them all, and
+has to do that well within the time after which a silent one is given up."""
 BLOCKS_MAX = 1 << 16  # of one command
 AT_ONCE = 64
-"""Commands that write again, or zeros."""
+"""Commands that write units again."""
 LEAVE_S = 2.0
 ONCS_NOT_SUPPORTED = 0x180
 _NOT_DONE = {Status.INVALID_OPCODE, Status.INVALID_FIELD, ONCS_NOT_SUPPORTED}
@@ -86,7 +88,7 @@ class RemoteNamespace:
         commands: list[tuple[int, int, Command, bytes | None]] = []
         step = (self._zeroes or self.transfer) // UNIT
         data = None if self._zeroes else bytes(min(step, end - unit) * UNIT)
-        while unit < end and len(commands) < AT_ONCE:
+        while unit < end and len(commands) < ZEROES_AT_ONCE:
             units = min(step, end - unit)
             if data is not None:
                 commands.append((unit, units, self.write(unit, units), data[: units * UNIT]))
