@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from nvme import SUBSYSTEM, with_digests
+from daemons import wait_for
+from nvme import HOST, SUBSYSTEM, with_digests
 from nvme_socket import PAGES, EndedError, Host, exported
 from userswap.backends.memory import MemoryStore
 from userswap.backends.nvme_tcp import command as nvme
@@ -281,6 +282,49 @@ async def test_the_end_waits_for_what_is_in_the_store_and_flushes() -> None:
     assert buffer == b"x" * 4096
     host.close()
     await server.stop()  # once more does nothing
+
+
+async def test_what_a_host_left_in_the_store_ends_without_it() -> None:
+    store = Picky(PAGES)
+    store.gate.clear()
+    async with await serve(store, nqn=SUBSYSTEM, listen=("127.0.0.1", 0)) as server:
+        host = await asyncio.to_thread(Host, server.address)
+        host.submit(nvme.write(1, 4, 1), b"x" * 4096)
+        async with store.called:
+            await store.called.wait_for(lambda: store.calls)
+        host.close()
+        assert await asyncio.to_thread(wait_for, lambda: not server.connections)
+        store.gate.set()
+        await asyncio.wait(server.tasks)
+        assert server.stats()["write"] == 1
+        assert not server._lingering
+    buffer = bytearray(4096)
+    await store.read([Run(4, memoryview(buffer))])
+    assert buffer == b"x" * 4096
+
+
+async def test_a_store_that_hangs_collects_few_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("userswap.backends.nvme_tcp.server.OPERATIONS_IN_ALL", 4)
+    store = Picky(PAGES)
+    store.gate.clear()
+    async with await serve(store, nqn=SUBSYSTEM, listen=("127.0.0.1", 0)) as server:
+        for number in range(3):
+            host = await asyncio.to_thread(Host, server.address)
+            for page in range(6):
+                host.submit(nvme.write(1, page + 100 * number, 1), b"x" * 4096)
+            assert await asyncio.to_thread(wait_for, lambda: len(store.calls) == 4)
+            host.close()
+        with await asyncio.to_thread(Host, server.address) as one:
+            other = await asyncio.to_thread(Host, server.address, name=HOST + "2")
+            for host in (one, other):
+                for page in range(6):
+                    host.submit(nvme.write(1, page, 1), b"y" * 4096)
+            assert len(server.tasks) == 4
+            store.gate.set()
+            for host in (one, other):
+                assert set((await asyncio.to_thread(host.finish, 6)).values()) == {0}
+            other.close()
+    assert store.calls.count("write") == 4 + 12
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.7"])

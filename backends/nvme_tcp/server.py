@@ -6,7 +6,8 @@ Invariants:
  1. What a connection holds is bounded, whatever its host does: commands by the queue, data that
     comes or goes by `Limits`, and what was sent but not taken by the transport's high-water mark;
     a host that does not read is not read from.
- 2. Connections share nothing but the store and the loop: no host waits for another one's memory.
+ 2. Connections share nothing but the store, which takes so many operations at once, and the loop:
+    no host waits for another one's memory.
  3. A connection that is over is closed within LINGER_S, and few of them are kept for so long.
 Must not know: which store it is, command lines.
 """
@@ -39,6 +40,8 @@ PORT = 4420
 NSID = 1
 OPERATIONS = 32
 """Of one connection that are in the store at once; more would not make a store faster."""
+OPERATIONS_IN_ALL = 512
+"""Also those that lost their connection: a store that hangs must not collect them."""
 READ_BYTES = 1 << 20
 """Of one connection, read and not yet given to its transport; one command may have as much."""
 NAMES = {kind: kind.name.lower() for kind in Io}
@@ -110,6 +113,7 @@ class Server:
         self.connections: dict[Session, Connection] = {}
         self.counts: Counter[str] = Counter()
         self.tasks: set[asyncio.Task[None]] = set()
+        self._starved: dict[Connection, None] = {}
         self._told: dict[int, str] = {}
         """The hosts of controllers that the operator knows of."""
         self._lingering: dict[Connection, float] = {}
@@ -187,13 +191,26 @@ class Server:
 
     def gone(self, connection: Connection) -> None:
         self._lingering.pop(connection, None)
+        self._starved.pop(connection, None)
         if connection.session is not None:
             self.connections.pop(connection.session, None)
 
-    def start_task(self, connection: Connection, operation: Operation, size: int) -> None:
+    def start_task(self, connection: Connection, operation: Operation, size: int) -> bool:
+        """Perform an operation; False if there are too many already: `pump` is called then."""
+        if len(self.tasks) >= OPERATIONS_IN_ALL:
+            self._starved[connection] = None
+            return False
         task = self.loop.create_task(connection.perform(operation, size))
         self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        task.add_done_callback(self._ended)
+        return True
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        if self._starved:
+            connection = next(iter(self._starved))
+            del self._starved[connection]
+            connection.pump()
 
     async def _watch_time(self) -> None:
         while True:
@@ -288,6 +305,7 @@ class Connection(asyncio.BufferedProtocol):
         self.pump()
 
     def _end_of_input(self) -> None:
+        self._over = True
         if self.session is not None:
             self.session.eof_received(self._server.loop.time())
             self._waiting.clear()
@@ -357,13 +375,15 @@ class Connection(asyncio.BufferedProtocol):
             size = operation.ranges[0][1] * blocks.namespace.block_size
             if self._reading and self._reading + size > READ_BYTES:
                 return False
-            self._reading += size
             data = blocks.read_now(operation)
             if data is not None:
+                self._reading += size
                 self._answer(operation, size, Status.SUCCESS, data)
                 return True
+        if not self._server.start_task(self, operation, size):
+            return False
+        self._reading += size
         self._running += 1
-        self._server.start_task(self, operation, size)
         return True
 
     async def perform(self, operation: Operation, size: int) -> None:
