@@ -4,10 +4,12 @@
 #include "nvme_out.h"
 #include "nvme_pdu.h"
 #include <errno.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
+#include <time.h>
 
 #define CIDS 65536u
 #define SCRATCH_LOW 256u  /* with less room than this, what is left over, a header at most, moves to the front */
@@ -83,19 +85,23 @@ static struct us_nvme_command *find(const struct us_nvme_queue *queue, uint32_t 
     return slot ? &queue->commands[slot] : NULL;
 }
 
-static int submit(struct us_nvme_queue *queue, struct us_nvme_sqe *sqe, const uint8_t *data, uint8_t *into, uint32_t length) {
+int us_nvme_submit(struct us_nvme_queue *queue, uint8_t opcode, uint32_t nsid, const uint8_t *cdw, const uint8_t *data,
+                   uint8_t *into, uint32_t length) {
     if (!queue->free_count)
         return -EBUSY;
     uint32_t cid = queue->form.next_cid;
     while (queue->slot[cid])
         cid = (cid + 1) % CIDS;
     bool inside = data && length && length <= queue->form.in_capsule;
-    sqe->flags = US_NVME_BY_SGL;
-    sqe->cid = (uint16_t)cid;
-    sqe->length = length;
-    sqe->sgl = inside ? US_NVME_SGL_IN_CAPSULE : US_NVME_SGL_TRANSPORT;
+    struct us_nvme_sqe sqe = {.opcode = opcode,
+                              .flags = US_NVME_BY_SGL,
+                              .cid = (uint16_t)cid,
+                              .nsid = nsid,
+                              .length = length,
+                              .sgl = inside ? US_NVME_SGL_IN_CAPSULE : US_NVME_SGL_TRANSPORT};
+    memcpy(sqe.cdw, cdw, sizeof sqe.cdw);
     struct us_nvme_part along = {.data = data, .length = length, .cid = (int32_t)cid};
-    int rc = us_nvme_out_frame(&queue->out, &queue->framing, US_PDU_CAPSULE_CMD, 0, sqe, sizeof *sqe, inside ? &along : NULL);
+    int rc = us_nvme_out_frame(&queue->out, &queue->framing, US_PDU_CAPSULE_CMD, 0, &sqe, sizeof sqe, inside ? &along : NULL);
     if (rc)
         return rc;
     uint16_t slot = queue->free_slots[--queue->free_count];
@@ -109,22 +115,6 @@ static int submit(struct us_nvme_queue *queue, struct us_nvme_sqe *sqe, const ui
     if (length > queue->form.largest)
         queue->form.largest = length;
     return (int)cid;
-}
-
-int us_nvme_submit(struct us_nvme_queue *queue, uint8_t opcode, uint32_t nsid, const uint8_t *cdw, const uint8_t *data,
-                   uint8_t *into, uint32_t length) {
-    struct us_nvme_sqe sqe = {.opcode = opcode, .nsid = nsid};
-    memcpy(sqe.cdw, cdw, sizeof sqe.cdw);
-    return submit(queue, &sqe, data, into, length);
-}
-
-int us_nvme_submit_blocks(struct us_nvme_queue *queue, uint8_t opcode, uint32_t nsid, uint64_t first, uint32_t blocks,
-                          uint32_t flags, const uint8_t *data, uint8_t *into, uint32_t length) {
-    struct us_nvme_sqe sqe = {.opcode = opcode, .nsid = nsid};
-    uint32_t count = (blocks - 1) | flags;
-    memcpy(sqe.cdw, &first, sizeof first);
-    memcpy(sqe.cdw + sizeof first, &count, sizeof count);
-    return submit(queue, &sqe, data, into, length);
 }
 
 int us_nvme_abandon(struct us_nvme_queue *queue, uint16_t cid) {
@@ -359,32 +349,67 @@ int us_nvme_take(struct us_nvme_queue *queue, uint32_t count, uint64_t *done) {
     return outcome(queue, take_all(queue));
 }
 
-int us_nvme_receive(struct us_nvme_queue *queue, int fd, uint64_t *done) {
+/* One receive, into the place of the data that is awaited and into scratch; *whole: it filled both. */
+static ssize_t receive(struct us_nvme_queue *queue, int fd, bool *whole) {
+    uint32_t direct = is_direct(queue) ? queue->data.missing : 0, room = queue->form.scratch_size - queue->form.end;
+    struct iovec pieces[2] = {{queue->data.sink, direct}, {queue->form.scratch + queue->form.end, room}};
+    struct msghdr message = {.msg_iov = direct ? pieces : pieces + 1, .msg_iovlen = direct ? 2 : 1};
+    ssize_t got;
+    do {
+        got = recvmsg(fd, &message, MSG_DONTWAIT);
+    } while (got < 0 && errno == EINTR);
+    if (got <= 0)
+        return got < 0 ? -errno : 0;
+    uint32_t placed = (size_t)got < direct ? (uint32_t)got : direct;
+    if (placed)
+        count_data(queue, queue->data.sink, placed);
+    queue->form.end += (uint32_t)got - placed;
+    *whole = (size_t)got == (size_t)direct + room;
+    return got;
+}
+
+static uint64_t now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
+}
+
+static int receive_until(struct us_nvme_queue *queue, int fd, uint32_t wait, uint64_t *done) {
+    uint64_t until = wait ? now() + wait : 0;
+    bool late = false;
     queue->done = done;
     queue->count = 0;
     enum step step = ENOUGH;
-    for (int turn = 0; turn < RECEIVES_A_TURN && step == ENOUGH; turn++) {
-        uint32_t direct = is_direct(queue) ? queue->data.missing : 0, room = queue->form.scratch_size - queue->form.end;
-        struct iovec pieces[2] = {{queue->data.sink, direct}, {queue->form.scratch + queue->form.end, room}};
-        struct msghdr message = {.msg_iov = direct ? pieces : pieces + 1, .msg_iovlen = direct ? 2 : 1};
-        ssize_t got = recvmsg(fd, &message, MSG_DONTWAIT);
-        if (got <= 0) {
-            if (got < 0 && errno == EINTR)
-                continue;
+    for (int turn = 0; turn < RECEIVES_A_TURN && step == ENOUGH;) {
+        bool whole = false;
+        ssize_t got = receive(queue, fd, &whole);
+        if (got > 0) {
+            step = take_all(queue);
+            turn++;
+        } else if (got != -EAGAIN) {
             if (got == 0)
                 return queue->count | US_NVME_EOF;
-            /* what completed is told of first: the error comes again */
-            return errno == EAGAIN || queue->count ? queue->count : -errno;
+            return queue->count ? queue->count : (int)got; /* what completed is told of first: the error comes again */
         }
-        uint32_t placed = (size_t)got < direct ? (uint32_t)got : direct;
-        if (placed)
-            count_data(queue, queue->data.sink, placed);
-        queue->form.end += (uint32_t)got - placed;
-        step = take_all(queue);
-        if ((size_t)got < (size_t)direct + room)
-            break; /* there was no more */
+        if (whole)
+            continue;
+        late = until && now() >= until;
+        if (queue->count || !until || late)
+            break;
+        if (got < 0)
+            sched_yield();
     }
-    return outcome(queue, step);
+    int rc = outcome(queue, step);
+    return rc >= 0 && late ? rc | US_NVME_LATE : rc;
+}
+
+int us_nvme_receive(struct us_nvme_queue *queue, int fd, uint64_t *done) {
+    return receive_until(queue, fd, 0, done);
+}
+
+int us_nvme_exchange(struct us_nvme_queue *queue, int fd, uint32_t wait, uint64_t *done) {
+    us_nvme_send(queue, fd); /* what is wrong with the connection is found by receiving, after what came before */
+    return receive_until(queue, fd, wait, done);
 }
 
 /* --- what goes --- */

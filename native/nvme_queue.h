@@ -22,6 +22,7 @@
 #define US_NVME_LOOK 0x10000 /* what comes next is not for this code */
 #define US_NVME_EOF 0x20000  /* the peer sends nothing more */
 #define US_NVME_OUT 0x40000  /* there is something to send */
+#define US_NVME_LATE 0x80000 /* waiting took all its time, or more */
 
 struct us_nvme_queue;
 
@@ -64,9 +65,6 @@ void us_nvme_close(struct us_nvme_queue *queue);
  * -EBUSY where no more may be outstanding, or -ENOMEM. */
 int us_nvme_submit(struct us_nvme_queue *queue, uint8_t opcode, uint32_t nsid, const uint8_t *cdw, const uint8_t *data,
                    uint8_t *into, uint32_t length);
-/* The same for Read, Write and Write Zeroes, of `blocks` from `first` on; `flags` are CDW12's. */
-int us_nvme_submit_blocks(struct us_nvme_queue *queue, uint8_t opcode, uint32_t nsid, uint64_t first, uint32_t blocks,
-                          uint32_t flags, const uint8_t *data, uint8_t *into, uint32_t length);
 /* Touches the command's buffer no more; the command goes on.  0, -ENOENT or -ENOMEM. */
 int us_nvme_abandon(struct us_nvme_queue *queue, uint16_t cid);
 
@@ -77,6 +75,9 @@ void us_nvme_room(struct us_nvme_queue *queue, struct us_nvme_room *room);
 int us_nvme_take(struct us_nvme_queue *queue, uint32_t count, uint64_t *done);
 /* Receives from a socket until it has no more, or enough for one turn; the same, or -errno. */
 int us_nvme_receive(struct us_nvme_queue *queue, int fd, uint64_t *done);
+/* Sends, and looks for answers until one has completed a command, or for `wait` nanoseconds; others may run on this CPU meanwhile,
+ * among which the target may be.  The same. */
+int us_nvme_exchange(struct us_nvme_queue *queue, int fd, uint32_t wait, uint64_t *done);
 /* Sends to a socket as much as it takes; 1 when something is left, 0, or -errno. */
 int us_nvme_send(struct us_nvme_queue *queue, int fd);
 

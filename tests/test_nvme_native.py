@@ -9,7 +9,7 @@ import pytest
 from nvme import Link, World, settings, with_digests
 from userswap.backends.nvme_tcp import command as nvme
 from userswap.backends.nvme_tcp import pdu
-from userswap.backends.nvme_tcp.command import CQE, Connect, Io
+from userswap.backends.nvme_tcp.command import CQE, Connect
 from userswap.backends.nvme_tcp.native_queue import NativeQueuePair
 from userswap.backends.nvme_tcp.pdu import (
     LAST,
@@ -89,48 +89,44 @@ def test_pages_go_and_come_by_sockets_that_take_little(wires: Wires) -> None:
     sizes = [PAGE, 3 * PAGE, 16 * PAGE]
     for place, size in enumerate(sizes):
         data = memoryview(pattern(size, place))
-        queue.submit_blocks(Io.WRITE, 1, place * 16, size // PAGE, 0.0, data=data)
+        queue.submit(nvme.write(1, place * 16, size // PAGE), 0.0, data=data)
     assert wires.run() == [Completed(cid, 0, 0) for cid in (1, 2, 3)]
     assert wires.partial
     pages = [bytearray(size) for size in sizes]
     for place, page in enumerate(pages):
         count = len(page) // PAGE
-        queue.submit_blocks(Io.READ, 1, place * 16, count, 0.0, into=memoryview(page))
+        queue.submit(nvme.read(1, place * 16, count), 0.0, into=memoryview(page))
     assert queue.room == queue.capacity - 3
     assert sorted(event.cid for event in wires.run() if isinstance(event, Completed)) == [4, 5, 6]
     assert pages == [pattern(size, place) for place, size in enumerate(sizes)]
 
 
-def test_the_short_way_in_asks_for_the_same() -> None:
-    found = []
-    page = bytearray(2 * PAGE)
-    for short in (True, False):
-        queue, _ = World().queue()
-        assert isinstance(queue, NativeQueuePair)
-        view, first = memoryview(page), (1 << 40) + 7
-        if short:
-            queue.submit_blocks(Io.READ, 1, first, 2, 0.0, into=view)
-            queue.submit_blocks(Io.WRITE, 1, first, 2, 0.0, data=view, flags=nvme.FUA)
-        else:
-            queue.submit(nvme.read(1, first, 2), 0.0, into=view)
-            queue.submit(nvme.write(1, first, 2, fua=True), 0.0, data=view)
-        found.append(b"".join(map(bytes, queue.data_to_send())))
-        with pytest.raises(BufferError):
-            queue.submit_blocks(Io.READ, 1, 0, 1, 0.0, into=memoryview(bytes(PAGE)))
-        assert queue.room == queue.capacity - 2
-        assert queue.get_timer() == 30.0
-    assert found[0] == found[1]
+def test_what_is_wrong_with_a_command_is_said_and_changes_nothing(wires: Wires) -> None:
+    queue, page = wires.queue, memoryview(bytearray(PAGE))
+    read = nvme.read(1, 0, 1)
+    for wrong, word in (
+        ({"into": memoryview(bytes(PAGE))}, "written to"),
+        ({"into": page[::2]}, "pieces"),
+        ({"into": page, "data": page}, "both"),
+    ):
+        with pytest.raises(LocalProtocolError, match=word):
+            queue.submit(read, 0.0, **wrong)  # type: ignore[arg-type]
+    assert queue.room == queue.capacity
+    assert queue.data_to_send() == []
+    queue.submit(read, 0.0, into=memoryview(bytearray(PAGE)).cast("Q"))
+    assert queue.get_timer() == 30.0
+    assert len(wires.run()) == 1
 
 
 def test_a_buffer_stays_in_place_while_it_is_in_use(wires: Wires) -> None:
     page = bytearray(PAGE)
-    wires.queue.submit_blocks(Io.READ, 1, 0, 1, 0.0, into=memoryview(page))
+    wires.queue.submit(nvme.read(1, 0, 1), 0.0, into=memoryview(page))
     with pytest.raises(BufferError):
         page.clear()
     assert len(wires.run()) == 1
     page.clear()
     page = bytearray(PAGE)
-    cid = wires.queue.submit_blocks(Io.READ, 1, 0, 1, 0.0, into=memoryview(page))
+    cid = wires.queue.submit(nvme.read(1, 0, 1), 0.0, into=memoryview(page))
     wires.queue.abandon(cid)
     page.clear()
     assert wires.run() == [Completed(cid, 0, 0)]
@@ -140,7 +136,7 @@ def test_a_buffer_stays_in_place_while_it_is_in_use(wires: Wires) -> None:
 def test_an_abandoned_write_goes_on_from_a_copy(wires: Wires, size: int) -> None:
     queue = wires.queue
     data = bytearray(pattern(size, 1))
-    cid = queue.submit_blocks(Io.WRITE, 1, 0, size // PAGE, 0.0, data=memoryview(data))
+    cid = queue.submit(nvme.write(1, 0, size // PAGE), 0.0, data=memoryview(data))
     queue.send(wires.near.fileno())  # a part of it
     queue.abandon(cid)
     queue.abandon(cid)
@@ -153,7 +149,7 @@ def test_an_abandoned_write_goes_on_from_a_copy(wires: Wires, size: int) -> None
 def test_an_answer_that_comes_too_early_gives_no_later_bytes_away(wires: Wires) -> None:
     queue = wires.queue
     data = bytearray(pattern(PAGE, 1))
-    cid = queue.submit_blocks(Io.WRITE, 1, 0, 1, 0.0, data=memoryview(data))
+    cid = queue.submit(nvme.write(1, 0, 1), 0.0, data=memoryview(data))
     answer(wires, PduType.CAPSULE_RESP, response(cid))
     assert queue.receive(wires.near.fileno(), 0.0) == [Completed(cid, 0, 0)]
     data[:] = b"s" * PAGE
@@ -184,6 +180,23 @@ def test_what_came_before_the_end_is_told_first(wires: Wires, ending: str) -> No
     assert not queue.direct
 
 
+def test_it_looks_for_an_answer_as_long_as_it_is_told(wires: Wires) -> None:
+    queue, number = wires.queue, wires.near.fileno()
+    cid = queue.submit(nvme.flush(1), 0.0)
+    assert queue.exchange(number, 0.0, 1000) == ([], [])
+    assert queue.was_late
+    assert wires.far.recv(1 << 16)
+    answer(wires, PduType.CAPSULE_RESP, response(cid, 5))
+    assert queue.exchange(number, 0.0, 1 << 31) == ([cid | 5 << 16], [])
+    assert not queue.was_late
+    cid = queue.submit(nvme.flush(1), 0.0)
+    wires.far.close()
+    answers, (over,) = queue.exchange(number, 0.0, 1 << 31)
+    assert answers == []
+    assert isinstance(over, Terminated)
+    assert queue.was_closed
+
+
 def test_sending_to_nobody_raises_nothing(wires: Wires) -> None:
     wires.far.close()
     cid = wires.queue.submit(nvme.flush(1), 0.0)
@@ -209,9 +222,9 @@ def test_the_end_in_the_middle_of_everything(wires: Wires) -> None:
     """Data half received, a write half sent, an R2T half answered: all of it is let go."""
     queue = wires.queue
     page, data = bytearray(PAGE), bytearray(16 * PAGE)
-    queue.submit_blocks(Io.READ, 1, 0, 1, 0.0, into=memoryview(page))
-    queue.submit_blocks(Io.WRITE, 1, 0, 16, 0.0, data=memoryview(data))
-    queue.submit_blocks(Io.WRITE, 1, 0, 1, 0.0, data=memoryview(data)[:PAGE])
+    queue.submit(nvme.read(1, 0, 1), 0.0, into=memoryview(page))
+    queue.submit(nvme.write(1, 0, 16), 0.0, data=memoryview(data))
+    queue.submit(nvme.write(1, 0, 1), 0.0, data=memoryview(data)[:PAGE])
     queue.send(wires.near.fileno())
     session = wires.link.session.queue
     stream = b"".join(
@@ -237,12 +250,12 @@ def test_no_more_than_the_queue_holds() -> None:
     assert isinstance(queue, NativeQueuePair)
     page = memoryview(bytearray(PAGE))
     for _ in range(3):
-        queue.submit_blocks(Io.READ, 1, 0, 1, 0.0, into=page)
+        queue.submit(nvme.read(1, 0, 1), 0.0, into=page)
     with pytest.raises(LocalProtocolError):
-        queue.submit_blocks(Io.READ, 1, 0, 1, 0.0, into=page)
+        queue.submit(nvme.read(1, 0, 1), 0.0, into=page)
     queue.close()
     with pytest.raises(LocalProtocolError):
-        queue.submit_blocks(Io.READ, 1, 0, 1, 0.0, into=page)
+        queue.submit(nvme.read(1, 0, 1), 0.0, into=page)
 
 
 def test_cids_come_round() -> None:

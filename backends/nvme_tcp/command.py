@@ -10,7 +10,7 @@ Sections are those of the NVM Express Base Specification 2.0 and the NVM Command
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
 from typing import NamedTuple
@@ -105,16 +105,16 @@ EVENT_NAMESPACES_RESULT = 0x0004_0002
 """Of the completion: a notice (02h), the namespaces changed (00h), log 04h says which."""
 
 _CDW = Struct("<6I")
+_BLOCKS = Struct("<QI12x")  # the same of a command on blocks: the first, how many, flags
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(NamedTuple):
     """A submission queue entry without what belongs to the way it is sent: CID and SGL."""
 
     opcode: int
     nsid: int = 0
     """FCTYPE of a Fabrics command"""
-    cdw: bytes = field(default=bytes(24))
+    cdw: bytes = bytes(24)
     """CDW10 to CDW15"""
 
     def entry(self, cid: int, length: int = 0, sgl: int = SGL_TRANSPORT) -> bytes:
@@ -251,8 +251,7 @@ ASYNC_EVENT = Command(Admin.ASYNC_EVENT)
 
 
 def _on_blocks(opcode: Io, nsid: int, first: int, count: int, flags: int = 0) -> Command:
-    cdw = _cdw(first & 0xFFFFFFFF, first >> 32, count - 1 | flags)
-    return Command(opcode, nsid, cdw)
+    return Command(opcode, nsid, _BLOCKS.pack(first, count - 1 | flags))
 
 
 def read(nsid: int, first: int, count: int) -> Command:

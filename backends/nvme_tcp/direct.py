@@ -19,15 +19,28 @@ from collections.abc import Callable
 from userswap.backends.nvme_tcp.native_queue import NativeQueuePair
 from userswap.backends.nvme_tcp.qpair import Event
 
+LOOK_NS = 30_000
+"""How long to look for the answer to a single command: about what sleeping and waking takes."""
+LATE_MAX = 3
+"""Answers in a row that did not come meanwhile, then the target is taken for a distant one..."""
+LOOK_AGAIN = 64
+"""...for so many commands."""
+
 
 class DirectConnection:
-    """One queue on one socket. `told` is called with what the queue has to tell."""
+    """One queue on one socket. `told` is called with what the queue has to tell, but for most
+    completions: those go to `answered`, as CID | status << 16."""
 
     def __init__(
-        self, pair: NativeQueuePair, told: Callable[[list[Event]], None], linger: float
+        self,
+        pair: NativeQueuePair,
+        told: Callable[[list[Event]], None],
+        answered: Callable[[list[int]], None],
+        linger: float,
     ) -> None:
         self._pair = pair
         self._told = told
+        self._answered = answered
         self._linger = linger
         """Seconds that a peer has to take a TermReq."""
         self._loop = asyncio.get_running_loop()
@@ -38,6 +51,11 @@ class DirectConnection:
         self._flushes = False
         """`_flush` will be called: in this turn, or when the socket takes more."""
         self._timer: asyncio.TimerHandle | None = None
+        self._late = 0
+        self._looked = False
+        """In this turn of the loop."""
+        self._crowded = False
+        """Several answers came together, the last time that some did."""
 
     @property
     def was_closed(self) -> bool:
@@ -78,6 +96,38 @@ class DirectConnection:
             self._flushes = True
             self._loop.call_soon(self._flush)
 
+    def ask(self, now: float) -> None:
+        """`transmit` of one command, and a look whether it is answered soon: a near target's
+        answer is there before the loop could have gone to sleep, and its caller has not to wait.
+
+        Not where others may follow in this turn of the loop, with which it had better be answered
+        together; and hardly ever where it failed: all would wait for nothing.
+        """
+        pair = self._pair
+        alone = pair.outstanding == 1 and not (self._looked or self._crowded or self._flushes)
+        if not alone or self._rest or not pair.direct:
+            self.transmit()
+            return
+        if self._late > LATE_MAX:
+            self._late -= 1
+            self.transmit()
+            return
+        self._looked = True
+        self._loop.call_soon(self._turn)
+        answers, events = pair.exchange(self._number, now, LOOK_NS)
+        if not pair.was_late:
+            self._late = 0
+        elif self._late == LATE_MAX:
+            self._late += LOOK_AGAIN
+        else:
+            self._late += 1
+        self._came(answers, events)
+        if self._timer is None:
+            self._arm()
+
+    def _turn(self) -> None:
+        self._looked = False
+
     def drop(self) -> None:
         """End the connection at once; nobody is told."""
         self._pair.close()
@@ -88,10 +138,19 @@ class DirectConnection:
     def _receive(self) -> None:
         pair = self._pair
         now = self._loop.time()
-        events = pair.receive(self._number, now) if pair.direct else self._receive_slowly(now)
+        if pair.direct:
+            answers, events = pair.receive_answers(self._number, now)
+            self._crowded = len(answers) > 1
+            self._came(answers, events)
+        else:
+            self._came([], self._receive_slowly(now))
+
+    def _came(self, answers: list[int], events: list[Event]) -> None:
+        if answers:
+            self._answered(answers)
         if events:
             self._told(events)
-        if pair.has_answers or not pair.direct:
+        if self._pair.has_answers or not self._pair.direct:
             self._flush()
 
     def _receive_slowly(self, now: float) -> list[Event]:

@@ -212,7 +212,7 @@ class IoQueue:
 
     def __init__(self, pair: NativeQueuePair, owner: HostController) -> None:
         self.pair = pair
-        self.connection = DirectConnection(pair, self._told, LINGER_S)
+        self.connection = DirectConnection(pair, self._told, self._answered, LINGER_S)
         self.outstanding: dict[int, Request] = {}
         self.connected: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._owner = owner
@@ -223,14 +223,19 @@ class IoQueue:
         request.queue, request.cid = self, cid
         self.outstanding[cid] = request
 
+    def _answered(self, answers: list[int]) -> None:
+        completed = self._owner.completed
+        for answer in answers:
+            request = self.outstanding.pop(answer & 0xFFFF, None)
+            if request is None:
+                continue  # an answer before it lost the association, which took all requests
+            request.queue = None
+            completed(request, answer >> 16)
+
     def _told(self, events: list[QueueEvent]) -> None:
         for event in events:
             if isinstance(event, Completed):
-                request = self.outstanding.pop(event.cid, None)
-                if request is None:
-                    continue  # an answer before it lost the association, which took all requests
-                request.queue = None
-                self._owner.completed(request, event.status)
+                self._answered([event.cid | event.status << 16])
             elif isinstance(event, Connected):
                 if not self.connected.done():
                     self.connected.set_result(None)

@@ -76,7 +76,8 @@ class RemoteNamespace:
         return self._identity.blocks * self.block // UNIT - 1
 
     def read(self, unit: int, units: int) -> Command:
-        return nvme.read(self.nsid, *self._blocks(unit, units))
+        blocks = UNIT // self.block
+        return nvme.read(self.nsid, unit * blocks, units * blocks)
 
     def write(self, unit: int, units: int) -> Command:
         return nvme.write(self.nsid, *self._blocks(unit, units))

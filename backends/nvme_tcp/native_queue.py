@@ -37,6 +37,9 @@ COUNT: int = lib.US_NVME_COUNT
 LOOK: int = lib.US_NVME_LOOK
 EOF: int = lib.US_NVME_EOF
 OUT: int = lib.US_NVME_OUT
+LATE: int = lib.US_NVME_LATE
+NULL = ffi.NULL
+BYTES = ffi.typeof("uint8_t[]")
 
 # A command's deadline; its data, its buffer, and the export of either.
 _Pinned = tuple[float | None, memoryview | None, memoryview | None, Any]
@@ -53,8 +56,9 @@ class NativeQueuePair(QueuePair):
         """The peer closed the connection, and not this end."""
         self.has_answers = False
         """What came has to be answered: `send`."""
+        self.was_late = False
         self._pinned: dict[int, _Pinned] = {}
-        self._scratch_pin = ffi.from_buffer("uint8_t[]", self._scratch, True)
+        self._scratch_pin: Any = None
         self._room = ffi.new("struct us_nvme_room *")
         self._done = ffi.new("uint64_t[]", 2 * self.capacity)
 
@@ -66,40 +70,40 @@ class NativeQueuePair(QueuePair):
 
     @property
     def room(self) -> int:
-        return super().room - len(self._pinned)
+        return super().room if self._native is None else self.capacity - len(self._pinned)
 
-    def submit_blocks(
+    def submit(
         self,
-        opcode: int,
-        nsid: int,
-        first: int,
-        count: int,
+        command: Command,
         now: float,
         *,
-        flags: int = 0,
-        data: memoryview | None = None,
+        data: Buffer | None = None,
         into: memoryview | None = None,
+        timed: bool = True,
     ) -> int:
-        """`submit` of a Read, Write or Write Zeroes while `direct`, with less ado.
-
-        Buffers are one-dimensional, of bytes; what is wrong with one raises what Python raises.
-        """
-        if len(self._pinned) >= self.capacity or self._native is None:
-            raise LocalProtocolError("no room, or not connected")
-        pin, source, target, size = ffi.NULL, ffi.NULL, ffi.NULL, 0
-        if into is not None:
-            pin = target = ffi.from_buffer("uint8_t[]", into, True)
-            size = len(into)
-        elif data is not None:
-            pin = source = ffi.from_buffer("uint8_t[]", data)
-            size = len(data)
-        cid: int = lib.us_nvme_submit_blocks(
-            self._native, opcode, nsid, first, count, flags, source, target, size
-        )
+        """As the QueuePair's, with less ado."""
+        if self._native is None or len(self._pinned) >= self.capacity:
+            return super().submit(command, now, data=data, into=into, timed=timed)
+        view, pin, source, target = None, NULL, NULL, NULL
+        try:
+            if data is not None:
+                view = memoryview(data).cast("B")
+                pin = source = ffi.from_buffer(BYTES, view)
+            if into is not None:
+                into = into.cast("B")
+                pin = target = ffi.from_buffer(BYTES, into, True)
+        except (BufferError, TypeError):
+            pin = None
+        if pin is None or (view is not None and into is not None):  # to be told why
+            return super().submit(command, now, data=data, into=into, timed=timed)
+        opcode, nsid, cdw = command
+        size = 0 if pin is NULL else len(pin)
+        cid: int = lib.us_nvme_submit(self._native, opcode, nsid, cdw, source, target, size)
         if cid < 0:
             check(cid)
         tmo = self.options.command_tmo
-        self._pinned[cid] = (None if tmo is None else now + tmo, data, into, pin)
+        deadline = now + tmo if timed and tmo is not None else None
+        self._pinned[cid] = (deadline, view, into, pin)
         return cid
 
     def abandon(self, cid: int) -> None:
@@ -130,6 +134,21 @@ class NativeQueuePair(QueuePair):
     def receive(self, fd: int, now: float) -> list[Event]:
         """Receive what a socket has, which does not block."""
         return self._took(lib.us_nvme_receive(self._native, fd, self._done), now)
+
+    def receive_answers(self, fd: int, now: float) -> tuple[list[int], list[Event]]:
+        """The same, with CID | status << 16 of each completion in place of its event. They come
+        before the events, which are what ends the queue."""
+        return self._answers(lib.us_nvme_receive(self._native, fd, self._done), now)
+
+    def exchange(self, fd: int, now: float, wait_ns: int) -> tuple[list[int], list[Event]]:
+        """Send, and look for answers for so long, or until something completed; `was_late` tells
+        which."""
+        return self._answers(lib.us_nvme_exchange(self._native, fd, wait_ns, self._done), now)
+
+    def _answers(self, rc: int, now: float) -> tuple[list[int], list[Event]]:
+        answers = self._completions(rc)[::2]
+        self.has_answers = self.was_late = False
+        return answers, self._went_on(rc, now) if rc & ~COUNT else []
 
     def send(self, fd: int) -> bool:
         """Send what waits, to a socket that does not block; is all of it sent?
@@ -171,8 +190,21 @@ class NativeQueuePair(QueuePair):
             self._was_native = True
             self._native = self._open()
 
+    def _submit(
+        self,
+        command: Command,
+        now: float,
+        data: Buffer | None,
+        into: memoryview | None,
+        timed: bool,
+    ) -> int:
+        if self._native is not None:
+            raise LocalProtocolError("a buffer that C cannot use")
+        return super()._submit(command, now, data, into, timed)
+
     def _open(self) -> Any:
         assert not self._outstanding
+        self._scratch_pin = ffi.from_buffer(BYTES, self._scratch, True)
         form = ffi.new(
             "struct us_nvme_form *",
             {
@@ -196,52 +228,38 @@ class NativeQueuePair(QueuePair):
         check(lib.us_nvme_open(out, form))
         return ffi.gc(out[0], lib.us_nvme_close)
 
-    def _submit(
-        self,
-        command: Command,
-        now: float,
-        data: Buffer | None,
-        into: memoryview | None,
-        timed: bool,
-    ) -> int:
-        if self._native is None:
-            return super()._submit(command, now, data, into, timed)
-        view = None if data is None else memoryview(data).cast("B")
-        into = None if into is None else into.cast("B")
-        source = ffi.NULL if view is None else ffi.from_buffer("uint8_t[]", view)
-        target = ffi.NULL if into is None else ffi.from_buffer("uint8_t[]", into, True)
-        size = len(view or into or b"")
-        cid: int = lib.us_nvme_submit(
-            self._native, command.opcode, command.nsid, command.cdw, source, target, size
-        )
-        check(cid)
-        tmo = self.options.command_tmo
-        deadline = now + tmo if timed and tmo is not None else None
-        self._pinned[cid] = (deadline, view, into, source if into is None else target)
-        return cid
-
     def _took(self, rc: int, now: float) -> list[Event]:
-        """What C returned from taking bytes: completions, and whether it goes on."""
+        """What C returned from taking bytes, as events."""
+        values = iter(self._completions(rc))
+        for key, result in zip(values, values, strict=True):
+            self._events.append(Completed(key & 0xFFFF, key >> 16, result))
+        return self._went_on(rc, now)
+
+    def _completions(self, rc: int) -> list[int]:
+        """The completions among it, each as CID | status << 16 and the result."""
+        if rc <= 0 or not (count := rc & COUNT):
+            return []
+        values: list[int] = ffi.unpack(self._done, 2 * count)
+        for key in values[::2]:
+            del self._pinned[key & 0xFFFF]
+        return values
+
+    def _went_on(self, rc: int, now: float) -> list[Event]:
+        """Whether it goes on."""
         if rc < 0:
             try:
                 check(rc)
             except OSError as error:
                 self.was_closed = isinstance(error, ConnectionError)
                 self._end_with(ConnectionLostError(f"the connection broke: {error.strerror}"))
-            return self._take_events()
-        if count := rc & COUNT:
-            values = iter(ffi.unpack(self._done, 2 * count))
-            for key, result in zip(values, values, strict=True):
-                cid = key & 0xFFFF
-                del self._pinned[cid]
-                self._events.append(Completed(cid, key >> 16, result))
-        self.has_answers = bool(rc & OUT)
-        if rc & LOOK:
+        elif rc & LOOK:
             self._recall()
             self._proceed(now)
         elif rc & EOF:
             self.was_closed = True
             return self.eof_received()
+        self.has_answers = rc > 0 and rc & OUT != 0
+        self.was_late = rc > 0 and rc & LATE != 0
         return self._take_events()
 
     def _end_with(self, error: ProtocolError) -> None:

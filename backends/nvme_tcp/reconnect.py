@@ -17,13 +17,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from userswap.backends.nvme_tcp import identify
 from userswap.backends.nvme_tcp.command import Command, Status, code_of, retryable, status_name
 from userswap.backends.nvme_tcp.controller import Settings
-from userswap.backends.nvme_tcp.host import HostController, Request, open_controller
+from userswap.backends.nvme_tcp.host import HostController, IoQueue, Request, open_controller
 from userswap.backends.nvme_tcp.pdu import Buffer, ConnectionLostError, ProtocolError
 from userswap.backends.store import StoreFailedError
 
@@ -138,6 +138,19 @@ class Path:
         self._waiting.extend(requests)
         self._pump()
 
+    def send_one(self, request: Request) -> None:
+        """The same for one request, and quicker where nothing is in its way: it may have ended
+        already when this returns."""
+        association = self.association
+        if association is not None and self._is_restored and not (self._waiting or self._urgent):
+            queue = _emptiest(association.queues)
+            if queue.pair.room:
+                now = self._loop.time()
+                queue.submit(request, now)
+                queue.connection.ask(now)
+                return
+        self.send([request])
+
     async def run(
         self, command: Command, *, data: Buffer | None = None, into: memoryview | None = None
     ) -> int:
@@ -245,10 +258,7 @@ class Path:
         touched = set()
         queues = association.queues
         while source := self._urgent or (self._waiting if self._is_restored else None):
-            queue = queues[0]
-            for other in queues:
-                if len(other.outstanding) < len(queue.outstanding):
-                    queue = other
+            queue = _emptiest(queues)
             if not queue.pair.room:
                 break
             request = source.popleft()
@@ -376,3 +386,11 @@ class Path:
 
     def _failure(self, why: str) -> StoreFailedError:
         return StoreFailedError(f"{self._name}: {why}", store=NAME)
+
+
+def _emptiest(queues: Sequence[IoQueue]) -> IoQueue:
+    best = queues[0]
+    for queue in queues:
+        if len(queue.outstanding) < len(best.outstanding):
+            best = queue
+    return best

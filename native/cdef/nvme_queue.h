@@ -2,6 +2,7 @@
 #define US_NVME_LOOK ...
 #define US_NVME_EOF ...
 #define US_NVME_OUT ...
+#define US_NVME_LATE ...
 
 struct us_nvme_queue;
 
@@ -38,12 +39,11 @@ int us_nvme_open(struct us_nvme_queue **out, const struct us_nvme_form *form);
 void us_nvme_close(struct us_nvme_queue *queue);
 int us_nvme_submit(struct us_nvme_queue *queue, uint8_t opcode, uint32_t nsid, const uint8_t *cdw, const uint8_t *data,
                    uint8_t *into, uint32_t length);
-int us_nvme_submit_blocks(struct us_nvme_queue *queue, uint8_t opcode, uint32_t nsid, uint64_t first, uint32_t blocks,
-                          uint32_t flags, const uint8_t *data, uint8_t *into, uint32_t length);
 int us_nvme_abandon(struct us_nvme_queue *queue, uint16_t cid);
 void us_nvme_room(struct us_nvme_queue *queue, struct us_nvme_room *room);
 int us_nvme_take(struct us_nvme_queue *queue, uint32_t count, uint64_t *done);
 int us_nvme_receive(struct us_nvme_queue *queue, int fd, uint64_t *done);
+int us_nvme_exchange(struct us_nvme_queue *queue, int fd, uint32_t wait, uint64_t *done);
 int us_nvme_send(struct us_nvme_queue *queue, int fd);
 bool us_nvme_piece(struct us_nvme_queue *queue, uint32_t number, struct us_nvme_piece *piece);
 void us_nvme_sent(struct us_nvme_queue *queue, size_t bytes);
