@@ -32,6 +32,7 @@ from userswap.backends.store import PAGE_SIZE, Geometry, Store
 from userswap.backends.volume import Volume, open_volume
 from userswap.backends.window import Window
 from userswap.engine.errors import ConfigError, UnsupportedError
+from userswap.engine.notify import notify
 from userswap.engine.pager import settle_process
 from userswap.engine.stores import open_store
 
@@ -216,6 +217,7 @@ async def _export(
             loop.add_signal_handler(number, ended.set)
         async with server:
             _announce(arguments, server.address, nqn, exported)
+            notify(READY="1", STATUS="exporting")
             await ended.wait()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)  # the second one does not wait

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from userswap.backends.nvme_tcp.command import Status, code_of
 from userswap.backends.nvme_tcp.controller import Settings
 from userswap.backends.nvme_tcp.host import open_controller
 from userswap.backends.nvme_tcp.identify import DISCOVERY_NQN, TCP, Entry
-from userswap.backends.nvme_tcp.pdu import ProtocolError
-from userswap.backends.nvme_tcp.qpair import Options
+from userswap.backends.nvme_tcp.pdu import ConnectionLostError, ProtocolError
+from userswap.backends.nvme_tcp.qpair import ConnectRefusedError, Options
 from userswap.backends.nvme_tcp.url import default_host
 
 REFERRAL, SUBSYSTEM, ITSELF = 1, 2, 3
@@ -77,7 +78,13 @@ async def _log(address: Address, host: str | None) -> tuple[Entry, ...]:
         keep_alive_tmo=0.0,
         options=Options(connect_tmo=PATIENCE_S, command_tmo=PATIENCE_S),
     )
-    controller = await open_controller(address, settings)
+    try:
+        controller = await open_controller(address, settings)
+    except ConnectRefusedError as error:
+        if code_of(error.status) == Status.CONNECT_INVALID_HOST:
+            message = f"does not let this host in, which is {settings.host} (--allow-host there)"
+            raise ConnectionLostError(message) from None
+        raise
     try:
         return controller.discovery_log()
     finally:
