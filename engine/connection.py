@@ -218,7 +218,8 @@ class Connection:
             case "prefetch" | "discard" | "flush":
                 return await self._over_time(service, region, operation, request)
             case "quiesce":
-                await service.quiesce(region)
+                with service.telling("closing", region.name, region.url):
+                    await service.quiesce(region)
             case "resume":
                 region.closing = False
                 lib.us_region_resume(region.handle)

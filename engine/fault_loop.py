@@ -273,19 +273,25 @@ class FaultLoop:
             if now - since > WAIT_LIMIT_S and ticket not in self._told:
                 self._told.add(ticket)
                 self.say(
-                    f"region {region.name!r} waits for its store {region.url}; look at the store, "
-                    "or end this process"
+                    f"a page fault in region {region.name!r} waits for its store {region.url}; "
+                    "look at the store, or end this process"
                 )
 
     def _look_for_parked(self) -> None:
         parked = lib.us_client_stuck(self.client)
         self._parked_looks = self._parked_looks + 1 if parked != ffi.NULL else 0
-        if self._parked_looks == WAIT_LIMIT_S:
-            region = self.region(parked)
-            self.say(
-                f"region {region.name!r} is at its budget and nothing goes out to {region.url}; "
-                'discard data, raise resident or the store\'s limit, or use on_full="grow"'
-            )
+        if self._parked_looks != WAIT_LIMIT_S:
+            return
+        region = self.region(parked)
+        report = ffi.new("struct us_report *")
+        lib.us_region_report(parked, report)
+        why = "which does not end its writes: look at the store, or end this process"
+        if report.is_full:
+            why = "which is full: discard data, raise resident or the store's limit, or use "
+            why += 'on_full="grow"'
+        self.say(
+            f"region {region.name!r} is at its budget and nothing goes out to {region.url}, {why}"
+        )
 
     def say(self, text: str) -> None:
         """Have the agent tell the client's user what a fault waits for."""

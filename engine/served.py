@@ -24,10 +24,16 @@ from userswap.backends.store import PAGES_MAX
 from userswap.engine import movers
 from userswap.engine.errors import ConfigError, ResidentError
 from userswap.engine.evictor import Evictor
-from userswap.engine.fault_loop import FaultLoop, Pending, Served, discard_marked
+from userswap.engine.fault_loop import (
+    WAIT_LIMIT_S,
+    FaultLoop,
+    Pending,
+    Served,
+    discard_marked,
+)
 from userswap.engine.page_table import Extents, State
 from userswap.engine.policies.prefetch import names
-from userswap.engine.stores import Backing, Stores
+from userswap.engine.stores import Backing, Stores, label_of
 from userswap.native import check, ffi, lib
 
 log = logging.getLogger("userswap.pager")
@@ -144,7 +150,8 @@ class ClientService:
         self._last_region += 1
         number = self._last_region
         name = str(request.get("name") or f"region-{number}")
-        backing = await self.stores.open(self.number, url, name, pages)
+        with self.telling("opening", name, label_of(url)):
+            backing = await self.stores.open(self.number, url, name, pages)
         try:
             region = self._open_native(name, backing, start, pages, request)
         except BaseException:
@@ -200,6 +207,24 @@ class ClientService:
         except (KeyError, ValueError, TypeError):
             raise ConfigError(f"no region {request.get('region')!r}") from None
 
+    @contextlib.contextmanager
+    def telling(self, what: str, name: str, store: str) -> Iterator[None]:
+        """Around what a store may hold up for ever: the client's user hears of it after a while.
+
+        Whoever asked may give up waiting; a region that is being closed is closed all the same,
+        once the store lets it."""
+        text = f"{what} region {name!r} waits for its store {store}"
+        help_ = (
+            "look at the store, or give up (Ctrl-C): it goes on by itself, or ends with its process"
+        )
+        teller = asyncio.get_running_loop().call_later(
+            WAIT_LIMIT_S, self.loop.say, f"{text}; {help_}"
+        )
+        try:
+            yield
+        finally:
+            teller.cancel()
+
     async def quiesce(self, region: OpenRegion) -> None:
         """Stop eviction and readahead; return when nothing of the region is under way.
 
@@ -216,6 +241,10 @@ class ClientService:
     async def close(self, number: int, *, unmapped: bool) -> None:
         """Forget a region that is quiet."""
         region = self.regions[number]
+        with self.telling("closing", region.name, region.url):
+            await self._close(number, region, unmapped=unmapped)
+
+    async def _close(self, number: int, region: OpenRegion, *, unmapped: bool) -> None:
         await self.quiesce(region)
         lib.us_region_detach(region.handle, unmapped)
         region.detached = True

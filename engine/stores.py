@@ -77,7 +77,7 @@ class Stores:
 
         Raises ConfigError for what cannot be opened, UserswapError for what fails.
         """
-        label = _label(store)
+        label = label_of(store)
         url = self._url(store)
         try:
             async with self._locks[url]:
@@ -120,7 +120,7 @@ class Stores:
         volume = None
         if store.native is None:
             try:
-                volume = await open_volume(store, name=_label(url))
+                volume = await open_volume(store, name=label_of(url))
             except BaseException:
                 await store.aclose()
                 raise
@@ -138,7 +138,7 @@ class Stores:
             try:
                 await (opened.volume or opened.store).aclose()
             except Exception as error:
-                log.warning("store %s: %s", _label(key[1]), error)
+                log.warning("store %s: %s", label_of(key[1]), error)
 
 
 async def open_store(url: str) -> Store:
@@ -159,5 +159,6 @@ def _refusal(label: str, error: GrammarError | StoreError) -> str:
     return f"store {error}" if named else f"store {label!r}: {error}"
 
 
-def _label(store: str) -> str:
+def label_of(store: str) -> str:
+    """A store as messages name it."""
     return "object" if store.startswith(OBJECT_PREFIX) else without_password(store)

@@ -29,7 +29,7 @@
 #endif
 
 #define WATCH_MS 1000       /* how often waiting faults are looked at */
-#define WAIT_LIMIT_TICKS 5u /* a fault that waits this many looks is spoken of */
+#define WAIT_LIMIT_TICKS 7u /* a fault that waits this many looks is spoken of; the pager, which knows more, does so after 5 s */
 
 struct us_agent {
     struct us_agent_options options;
@@ -280,9 +280,9 @@ static uint64_t waiting_faults(struct us_agent *agent) {
 static void watch_waiting(struct us_agent *agent) {
     struct us_channel *channel = agent->channel;
     uint32_t version = atomic_load(&channel->text_version);
-    if (version != agent->text_said) { /* the pager itself tells of a fault that waits for its store */
+    if (version != agent->text_said) { /* the pager itself tells what waits for a store */
         agent->text_said = version;
-        say_line(agent, "a page fault has waited more than 5 s");
+        say_line(agent, "waited more than 5 s");
     }
     uint64_t progress = atomic_load(&channel->progress);
     if (progress != agent->progress_seen || waiting_faults(agent) == 0) {

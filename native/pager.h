@@ -154,6 +154,7 @@ struct us_client {
     bool loop_serves; /* and takes the misses itself; under the lock too */
     _Atomic uint64_t ticket;
     _Atomic uint32_t loop_told;
+    uint64_t progress_looked; /* at the last look for a region that stands still */
     pthread_t server, worker, helper;
     bool server_runs, worker_runs, helper_runs;
     _Atomic uint32_t news; /* a region is full, or held: the loop has not looked yet */

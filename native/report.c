@@ -45,10 +45,14 @@ struct us_region *us_client_parked(struct us_client *client) {
     return found;
 }
 
-/* A region in which a fault waits for room that its full store will not make; NULL: none. */
+/* A region in which a fault waits for room that its store does not make, being full, or since no fault of the client was answered
+ * between the last look and this one; NULL: none. */
 struct us_region *us_client_stuck(struct us_client *client) {
     struct us_region *parked = us_client_parked(client);
-    return parked && atomic_load(&parked->full) ? parked : NULL;
+    uint64_t progress = atomic_load(&client->channel->progress);
+    bool stands = progress == client->progress_looked;
+    client->progress_looked = progress;
+    return parked && (stands || atomic_load(&parked->full)) ? parked : NULL;
 }
 
 /* Whether there may be something that the two below have not told; asked at each wake of the loop, so it looks at no region. */

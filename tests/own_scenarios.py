@@ -9,10 +9,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from exercise import PAGE, expect
+from proof import soon
 from scenarios import LEAST, MIB, copy_out, fill, stamp
 from userswap import ConfigError, Region
 from userswap.backends.memory import MemoryStore
 from userswap.backends.store import Geometry, Run, Store, StoreFailedError
+
+REGIONS_BEGIN = 4000
+"""Before it are the pages of the volume itself."""
 
 
 class Inverted(MemoryStore):
@@ -119,6 +123,53 @@ def offer_what_is_no_store() -> None:
         refusal = _refusal(store)
         print(refusal)
         expect(why in refusal and "\n" not in refusal, f"{store!r}: {refusal}")
+
+
+class Hung(MemoryStore):
+    """Never ends its first call of a kind that concerns a region's own pages."""
+
+    kind = ""
+
+    async def _call(self, kind: str, index: int) -> None:
+        if kind == self.kind and index > REGIONS_BEGIN:
+            await asyncio.Event().wait()
+
+    async def write(self, runs: Sequence[Run]) -> None:
+        await self._call("write", runs[0].index)
+        await super().write(runs)
+
+    async def discard(self, index: int, count: int) -> None:
+        await self._call("discard", index)
+        await super().discard(index, count)
+
+
+def hung(kind: str, geometry: Geometry) -> Store:
+    store = Hung(1 << 32)
+    store.kind = kind
+    return store
+
+
+def wait_for_a_hung_store(*, kind: str) -> None:
+    """A region that cannot be opened, or cannot be closed: who waits for it may give up."""
+    try:
+        print("waits", flush=True)
+        with Region(2 * MIB, resident=LEAST, store=functools.partial(hung, kind), name="r") as r:
+            for page in range(LEAST // PAGE - 4):  # some go out, and no fault has to wait
+                r.memory[page * PAGE] = 1
+            expect(soon(lambda: r.stats().staging_bytes > 0, 20), "nothing went out")
+    except KeyboardInterrupt:
+        print("gave up", flush=True)
+
+
+def wait_for_room_that_a_hung_store_does_not_make() -> None:
+    """Writes do not end: at the budget the next fault waits."""
+    store = functools.partial(hung, "write")
+    with (
+        Region(2 * MIB, resident=LEAST, store=store, name="r") as r,
+        open("/dev/zero", "rb") as file,
+    ):
+        print("waits", flush=True)
+        file.readinto(r.memory)
 
 
 def _refusal(store: Any) -> str:
