@@ -28,6 +28,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
+import aiofiles
+
 from userswap.backends.grammar import LayerSpec, Options
 from userswap.backends.redis_server import NAME, Address, Server
 from userswap.backends.store import (
@@ -304,20 +306,20 @@ def _address(layer: LayerSpec, database: int, password: str | None) -> Address:
     )
 
 
-def _password(layer: LayerSpec, path: str | None) -> str | None:
+async def _password(layer: LayerSpec, path: str | None) -> str | None:
     if path is None:
         return os.environ.get("REDISCLI_AUTH")
-    with open(path, encoding="utf-8") as file:
+    async with aiofiles.open(path, encoding="utf-8") as file:
         if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
             raise StoreFailedError(f"{path} can be read by others: chmod 600 {path}", store=NAME)
-        return file.readline().rstrip("\n")
+        return (await file.readline()).rstrip("\n")
 
 
 async def open_store(layer: LayerSpec, geometry: Geometry) -> Store:
     options = Options(layer)
     prefix = options.text("prefix", default="userswap")
     database = options.integer("database", default=0, low=0, high=9999)
-    password = _password(layer, options.text("password_file", default=None))
+    password = await _password(layer, options.text("password_file", default=None))
     codec = codec_option(options, "zstd")
     options.finish()
     if not _PREFIX.fullmatch(prefix):

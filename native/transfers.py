@@ -8,6 +8,9 @@ Invariant: a request holds on to its buffer from the moment it is asked until th
 of it. A `Transfer` therefore cannot be cancelled: a task that is cancelled while it awaits one gets
 its CancelledError when the last request has ended.
 
+The threads are our own: aiofiles, which reads key and password files elsewhere, has no positioned
+reads and writes, and no buffers of the caller's.
+
 Must not know: pages, stores, what an error means to them.
 """
 

@@ -74,7 +74,7 @@ async def test_another_key_is_refused_and_nothing_is_changed() -> None:
     assert await read(await open_over(medium, "encrypt::", PAGES), 0) == b"\x01" * PAGE
 
 
-def test_key_files(tmp_path: Path) -> None:
+async def test_key_files(tmp_path: Path) -> None:
     path = tmp_path / "key"
     key = random.Random(1).randbytes(32)
 
@@ -84,22 +84,22 @@ def test_key_files(tmp_path: Path) -> None:
         path.chmod(mode)
         return str(path)
 
-    assert read_key(keep(key)) == key
+    assert await read_key(keep(key)) == key
     for text in (key.hex(), key.hex().upper() + "\n"):
-        assert read_key(keep(text.encode(), 0o400)) == key
+        assert await read_key(keep(text.encode(), 0o400)) == key
     for content in (b"", key + b"\n", key.hex().encode()[:-1], key * 2, b"passphrase\n"):
         with pytest.raises(StoreFailedError, match="32 bytes are a key"):
-            read_key(keep(content))
+            await read_key(keep(content))
     for mode in (0o640, 0o604, 0o620):
         with pytest.raises(StoreFailedError, match="chmod 600"):
-            read_key(keep(key, mode))
+            await read_key(keep(key, mode))
     with pytest.raises(StoreFailedError, match="No such file"):
-        read_key(str(tmp_path / "none"))
+        await read_key(str(tmp_path / "none"))
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo, 0o600)
     for name in (fifo, tmp_path):
         with pytest.raises(StoreFailedError, match=r"is not a file|Is a directory"):
-            read_key(str(name))
+            await read_key(str(name))
 
 
 async def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

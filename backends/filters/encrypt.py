@@ -26,6 +26,8 @@ import re
 import stat
 from typing import TYPE_CHECKING
 
+import aiofiles
+
 from userswap.backends.filters.sealed import Sealed, open_below
 from userswap.backends.grammar import LayerSpec, Options
 from userswap.backends.store import Below, Geometry, Store, StoreFailedError
@@ -90,14 +92,14 @@ def _bound(index: int) -> bytes:
     return index.to_bytes(8, "little")
 
 
-def read_key(path: str) -> bytes:
+async def read_key(path: str) -> bytes:
     """The key in a file; what is wrong with the file is a StoreFailedError."""
 
     def wrong(what: str) -> StoreFailedError:
         return StoreFailedError(f"key file {path}: {what}", store=NAME)
 
     try:
-        with open(
+        async with aiofiles.open(
             path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
         ) as file:
             status = os.fstat(file.fileno())
@@ -107,7 +109,7 @@ def read_key(path: str) -> bytes:
                 raise wrong("others than its owner may use it; chmod 600 it")
             if status.st_uid not in (0, os.geteuid()):
                 raise wrong(f"belongs to user {status.st_uid}, who could change it")
-            content = file.read(4 * KEY_BYTES)
+            content = await file.read(4 * KEY_BYTES)
     except OSError as error:
         raise wrong(error.strerror or str(error)) from error
     if _HEX.fullmatch(content):
@@ -128,7 +130,7 @@ async def open_filter(layer: LayerSpec, geometry: Geometry, below: Below) -> Sto
     except ImportError as error:
         reason = "needs a package: pip install 'userswap[encrypt]'"
         raise StoreFailedError(reason, store=NAME) from error
-    key = read_key(path)
+    key = await read_key(path)
     # The file's key makes two: one for pages, one that tells whether it is the medium's key.
     cipher = AESGCM(hashlib.blake2b(key=key, person=b"userswap pages", digest_size=32).digest())
 
