@@ -97,6 +97,14 @@ class Group:
     examples: str
 
 
+TRACE_COMMANDS = (
+    Command("simulate", "userswap.engine.trace_simulate", "every policy and budget, and advice"),
+    Command("show", "userswap.engine.trace_show", "what a trace has"),
+    Command(
+        "import", "userswap.engine.trace_import", "take a trace in libCacheSim's oracleGeneral"
+    ),
+    Command("export", "userswap.engine.trace_export", "write one in libCacheSim's oracleGeneral"),
+)
 GROUPS = {
     "bench": Group(
         "BENCH",
@@ -118,6 +126,12 @@ GROUPS = {
         NVME_COMMANDS,
         "  userswap nvme export --store ram:lz4 --size 4GiB\n"
         "  userswap nvme discover 127.0.0.1:4420",
+    ),
+    "trace": Group(
+        "WHAT",
+        "find out from traces which policy and how much memory a program wants",
+        TRACE_COMMANDS,
+        "  userswap trace simulate run.trace --resident 10%..90% --store-latency 80us",
     ),
 }
 

