@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections.abc import Sequence
 
 import pytest
 
@@ -17,7 +18,14 @@ from userswap.backends.nvme_tcp.lease import Record
 from userswap.backends.nvme_tcp.server import serve
 from userswap.backends.nvme_tcp.store import NvmeStore
 from userswap.backends.registry import open_stack
-from userswap.backends.store import Geometry, Run, StoreError, StoreFailedError
+from userswap.backends.store import (
+    Geometry,
+    PageLostError,
+    Run,
+    StoreError,
+    StoreFailedError,
+    TransientError,
+)
 
 PAGES = 64
 SOON = {"reconnect_delay": "10ms"}
@@ -304,6 +312,68 @@ async def test_a_write_follows_a_cancelled_one() -> None:
         await store.aclose()
 
 
+class Moody(Cached):
+    """Says that it cannot at the moment, or that it cannot at all."""
+
+    def __init__(self) -> None:
+        super().__init__(1024)
+        self.mood: StoreError | None = None
+        self.asked = 0
+
+    async def read(self, runs: Sequence[Run]) -> None:
+        self._ask()
+        await super().read(runs)
+
+    async def write(self, runs: Sequence[Run]) -> None:
+        self._ask()
+        await super().write(runs)
+
+    def _ask(self) -> None:
+        if self.mood is not None:
+            self.asked += 1
+            raise self.mood
+
+
+async def test_a_target_that_cannot_at_the_moment() -> None:
+    medium = Moody()
+    async with served(medium) as server:
+        store = await opened(server.address, ctrl_loss_tmo="2s")
+        await write(store, 1, page(1, 1))
+        medium.mood = TransientError("later", store="moody")
+        late = asyncio.create_task(read(store, 1))
+        await within(20, lambda: medium.asked > 20)
+        assert not late.done()
+        medium.mood = None
+        assert await late == page(1, 1)
+        assert store.counters.retried > 20
+        assert store.counters.lost == 0
+        medium.mood = TransientError("later", store="moody")
+        with pytest.raises(TransientError, match="interrupted"):
+            await read(store, 1)
+        medium.mood = None
+        assert await read(store, 1) == page(1, 1)
+        await store.aclose()
+
+
+async def test_what_cannot_be_restored_yet() -> None:
+    """A target that is back, but does not take what has to be written again."""
+    medium = Moody()
+    async with served(medium) as server, Proxy(server.address[1]) as proxy:
+        store = await opened(proxy.address)
+        for index in range(PAGES):
+            await write(store, index, page(index, 1))
+        medium.mood = PageLostError("is bad", store="moody", page=0)
+        proxy.cut()
+        late = asyncio.create_task(read(store, 1))
+        await within(20, lambda: store.counters.attempts > 5)
+        assert not late.done()
+        medium.mood = None
+        assert await late == page(1, 1)
+        await store.aclose()
+        names = [str(task.get_coro()) for task in asyncio.all_tasks()]
+        assert not [name for name in names if "must" in name]
+
+
 # --- whose it is ---
 
 
@@ -322,6 +392,23 @@ async def test_another_host_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
         await within(20, lambda: store._path.error is not None)
         with pytest.raises(StoreFailedError, match="was taken by process"):
             await read(store, 1)
+        await store.aclose()
+
+
+async def test_who_stood_still_looks_before_it_writes() -> None:
+    """A process that was stopped cannot know what happened meanwhile."""
+    async with served() as server:
+        store = await opened(server.address)
+        await write(store, 1, page(1, 1))
+        last = server.target.namespaces[1].blocks - 1
+        theirs = Record(b"x" * 16, 9, lease.Process("another boot", 4, 5, 6, "elsewhere")).pack()
+        await server.blocks.store.write([Run(last, memoryview(theirs))])
+        store._namespace.lease._renewed -= lease.FRESH_S
+        with pytest.raises(StoreFailedError, match="was taken by process 4 of elsewhere"):
+            await write(store, 1, page(1, 2))
+        found = bytearray(4096)
+        await server.blocks.store.read([Run(1, memoryview(found))])
+        assert found == page(1, 1)
         await store.aclose()
 
 

@@ -83,6 +83,8 @@ class Request:
     """the first one concerned, of the owner's, and how many"""
     units: int = 0
     tries: int = 0
+    since: float = 0.0
+    """when it was answered for the first time that it should be tried again"""
     queue: IoQueue | None = None
     """where it is outstanding, and under which CID"""
     cid: int = 0
@@ -378,6 +380,8 @@ async def _connect(
             await connection.open(address)
     except TimeoutError:
         raise ConnectionLostError(f"{where} does not answer") from None
+    except UnicodeError:
+        raise ConnectionLostError(f"{where}: no such name") from None
     except OSError as error:
         why = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
         raise ConnectionLostError(f"{where}: {why}") from None

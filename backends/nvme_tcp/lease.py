@@ -24,6 +24,9 @@ from userswap.backends.nvme_tcp import pdu
 from userswap.backends.nvme_tcp.unflushed import UNIT
 
 RENEW_S = 1.5
+FRESH_S = 3.0
+"""A lease that was not renewed for so long, because this process stood still perhaps, is looked at
+before anything is written: nobody else takes it before WATCH_S."""
 WATCH_S = 6.0
 LOOK_S = 0.25
 SETTLE_S = 0.1
@@ -111,6 +114,7 @@ class Lease:
         self._seen: bytes | None = None
         """What was there, while the namespace is not ours."""
         self._began = False
+        self._renewed = 0.0
         self.is_taken = False
 
     @property
@@ -124,6 +128,10 @@ class Lease:
         """There is a record: the namespace was used by one of us."""
         return self._seen is not None and Record.parse(self._seen) is not None
 
+    def is_fresh(self, now: float) -> bool:
+        """It is taken, and nobody can have taken it away."""
+        return self.is_taken and now < self._renewed + FRESH_S
+
     async def check(self) -> None:
         """The namespace can be reached, again perhaps. An InUseError says why it must not be."""
         page = await self._read()
@@ -135,7 +143,9 @@ class Lease:
             if found is not None:
                 raise InUseError(f"was taken by {_name(found)} while it was out of reach")
             raise InUseError("has come back without what was written to it")
-        elif not self.is_taken and page != self._seen and not (ours and self._began):
+        elif self.is_taken:
+            await self._put()
+        elif page != self._seen and not (ours and self._began):
             raise InUseError(f"was taken by {_name(found)}" if found else "was changed by others")
 
     async def take(self) -> None:
@@ -171,8 +181,10 @@ class Lease:
             raise InUseError(f"was taken by {_name(found)}" if found else "was changed by others")
 
     async def _put(self) -> None:
+        now = asyncio.get_running_loop().time()
         self._counter += 1
         await self._write(Record(self._token, self._counter, Process.this()).pack())
+        self._renewed = now
 
     async def _watch(self, page: bytes, found: Record | None) -> bytes:
         """What is there, if nobody renews this record."""

@@ -118,15 +118,16 @@ class RemoteNamespace:
         return True
 
     async def take(self, *, everything: bool = False) -> None:
-        """It is ours from the first write on; one of `everything` may also lose what is there."""
+        """It is ours, from the first write on; one of `everything` may also lose what is there."""
+        now = asyncio.get_running_loop().time
         async with self._taking:
-            while not self.lease.is_taken:
+            while not self.lease.is_fresh(now()):
                 if self.path.error is not None:
                     raise self.path.error
                 if self.lease.is_foreign and not everything:
                     raise self.refused("holds something else in its last 4 KiB")
                 try:
-                    await self.lease.take()
+                    await (self.lease.renew() if self.lease.is_taken else self.lease.take())
                 except InUseError as error:
                     self.path.fail(self.refused(str(error)))
                 except ProtocolError:
@@ -197,17 +198,21 @@ class RemoteNamespace:
         while zeros := next(iter(zeroed), None):
             at, count = zeros
             commands = self.zeros(at, at + count)
-            await self._again([(command, data) for _, _, command, data in commands])
+            await self._again(
+                [(command, data, range(at, at + n)) for at, n, command, data in commands]
+            )
             zeroed.remove(at, commands[-1][0] + commands[-1][1] - at)
         while units := list(itertools.islice(written, AT_ONCE)):
-            await self._again([(self.write(unit, 1), written[unit]) for unit in units])
+            await self._again(
+                [(self.write(unit, 1), written[unit], range(unit, unit + 1)) for unit in units]
+            )
             for unit in units:
                 del written[unit]
 
-    async def _again(self, commands: Sequence[tuple[Command, bytes | None]]) -> None:
+    async def _again(self, commands: Sequence[tuple[Command, bytes | None, range]]) -> None:
         path = self.path
         await asyncio.gather(
-            *(path.must("written again", command, data=data) for command, data in commands)
+            *(path.must("written again", c, data=data, units=units) for c, data, units in commands)
         )
         path.counters.rewritten += len(commands)
         await self._flush()

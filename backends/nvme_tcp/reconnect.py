@@ -35,6 +35,8 @@ SILENCE_S = 30.0
 """After which a controller that knows no keep-alive is believed to have forgotten us."""
 AGAIN_S = 0.01
 """Before a command is tried for the second time; doubled each time."""
+LASTING = {Status.INTERRUPTED, Status.TRANSIENT_TRANSPORT}
+"""What says nothing about the blocks: it is tried again as long as it takes."""
 _NO_WAY = {Status.INVALID_NAMESPACE, Status.NAMESPACE_NOT_READY}
 
 
@@ -64,7 +66,7 @@ class Patience:
 
 
 class CommandError(ProtocolError):
-    """A command that `Path.run` sent was answered with an error."""
+    """A command that `Path.must` sent was answered with an error."""
 
     def __init__(self, what: str, status: int) -> None:
         super().__init__(f"{what}: {status_name(status)}")
@@ -151,25 +153,6 @@ class Path:
                 return
         self.send([request])
 
-    async def run(
-        self, command: Command, *, data: Buffer | None = None, into: memoryview | None = None
-    ) -> int:
-        """Send one command before all others, while restoring too; its status. An association
-        that is lost meanwhile, or not there, is a ProtocolError."""
-        if self.error is not None:
-            raise self.error
-        if self.association is None:
-            raise ConnectionLostError("there is no connection")
-        call = _Call()
-        request = Request(command, call, data=data, into=into)
-        self._urgent.append(request)
-        self._pump()
-        try:
-            return await call.answer
-        except asyncio.CancelledError:
-            self.abandon(request)
-            raise
-
     async def must(
         self,
         what: str,
@@ -177,9 +160,24 @@ class Path:
         *,
         data: Buffer | None = None,
         into: memoryview | None = None,
+        units: range = range(0),
     ) -> None:
-        """The same for a command that has to succeed."""
-        if status := await self.run(command, data=data, into=into):
+        """Send one command before all others, while restoring too. An association that is lost
+        meanwhile, or not there, is a ProtocolError, and so is an answer that is no success."""
+        if self.error is not None:
+            raise self.error
+        if self.association is None:
+            raise ConnectionLostError("there is no connection")
+        call = _Call()
+        request = Request(command, call, data=data, into=into, unit=units.start, units=len(units))
+        self._urgent.append(request)
+        self._pump()
+        try:
+            status = await call.answer
+        except asyncio.CancelledError:
+            self.abandon(request)
+            raise
+        if status:
             raise CommandError(what, status)
 
     async def wait(self) -> None:
@@ -226,17 +224,18 @@ class Path:
             # A controller that cannot tell us that it has ended notices our silence in this time.
             quiet = 2 * self._settings.keep_alive_tmo or SILENCE_S
             self._left(unfinished, quiet)
+        was_restored, self._is_restored = self._is_restored, False
         self.association = None
-        self._is_restored = False
-        # Those that `run` sent are for this association only; whoever restores begins anew.
-        for request in [*unfinished, *self._urgent]:
+        # Those that `must` sent are for this association only; whoever restores begins anew.
+        for request in [*unfinished, *self._urgent, *self._resting]:
             if isinstance(request.owner, _Call):
                 request.owner.failed(request, error)
+                request.owner = None
         self._urgent.clear()
         again = [r for r in unfinished if r.owner and not isinstance(r.owner, _Call)]
         self._waiting.extendleft(reversed(again))
         self.counters.requeued += len(again)
-        if self._reconnecting is None and self.error is None:
+        if was_restored and self.error is None:
             self.counters.lost += 1
             log.warning("%s: lost (%s); %d commands wait", self._name, error, len(self._waiting))
             self._reconnecting = self._loop.create_task(self._reconnect())
@@ -279,13 +278,22 @@ class Path:
                 request.owner.ended(request, status)
             if self.association is not None:
                 self.association.lose(ConnectionLostError(f"the namespace: {status_name(status)}"))
-        elif retryable(status) and request.tries < TRIES - 1:
+        elif retryable(status) and self._try_again(request, code):
             self.counters.retried += 1
-            delay = AGAIN_S * 2**request.tries
-            request.tries += 1
-            self._resting[request] = self._loop.call_later(delay, self._again, request)
         else:
             request.owner.ended(request, status)
+
+    def _try_again(self, request: Request, code: int) -> bool:
+        """Unless it was tried often, or for long, already."""
+        request.since = request.since or self._loop.time()
+        most = self._patience.loss_tmo
+        lasts = most is None or self._loop.time() < request.since + most
+        if not (lasts if code in LASTING else request.tries < TRIES - 1):
+            return False
+        delay = min(AGAIN_S * 2 ** min(request.tries, 20), max(self._patience.delay, AGAIN_S))
+        request.tries += 1
+        self._resting[request] = self._loop.call_later(delay, self._again, request)
+        return True
 
     def _again(self, request: Request) -> None:
         del self._resting[request]
@@ -305,8 +313,7 @@ class Path:
             if association.error is not None:
                 raise association.error
         except BaseException:
-            self.association = None
-            association.drop()
+            association.lose(ConnectionLostError("it could not be restored"))
             raise
         self._is_restored = True
         self._wake()
@@ -331,6 +338,10 @@ class Path:
                     self.fail(self._failure(over))
         except StoreFailedError as error:
             self.fail(error)
+        except Exception as error:
+            # A mistake of ours is not to leave everybody waiting for ever.
+            log.exception("%s: reconnecting", self._name)
+            self.fail(self._failure(f"cannot be reached again: {error!r}"))
         self._reconnecting = None
         if self.error is None:
             self.counters.reconnected += 1

@@ -29,7 +29,7 @@ from userswap.backends.nvme_tcp.command import Command, Status, code_of, status_
 from userswap.backends.nvme_tcp.host import Request
 from userswap.backends.nvme_tcp.namespace import RemoteNamespace
 from userswap.backends.nvme_tcp.pdu import Buffer
-from userswap.backends.nvme_tcp.reconnect import NAME, Counters
+from userswap.backends.nvme_tcp.reconnect import LASTING, NAME, Counters
 from userswap.backends.nvme_tcp.unflushed import UNIT, Unflushed
 from userswap.backends.nvme_tcp.url import Place, parse_place
 from userswap.backends.store import (
@@ -41,6 +41,7 @@ from userswap.backends.store import (
     StoreError,
     StoreFailedError,
     StoreFullError,
+    TransientError,
     pages_between,
     pages_of,
 )
@@ -284,7 +285,7 @@ class NvmeStore(Store):
 
     async def _ready_to_write(self, spans: Sequence[range], *, everything: bool = False) -> None:
         self._check_open()
-        if not self._namespace.lease.is_taken:
+        if not self._namespace.lease.is_fresh(self._loop.time()):
             await self._namespace.take(everything=everything)
         kept = self._namespace.unflushed
         if kept is not None and kept.size > UNFLUSHED_MAX // 2:
@@ -314,14 +315,15 @@ class NvmeStore(Store):
 
     def _leave_behind(self, transfer: _Transfer, spans: Sequence[range]) -> None:
         """Whoever awaited what writes these pages is gone."""
-        if not transfer.left:
-            return
-        transfer.future = self._loop.create_future()
 
         def ended(_: asyncio.Future[None]) -> None:
             for request, _status in transfer.failures:
                 self._doubtful.update(self._pages(request))
 
+        if not transfer.left:
+            ended(transfer.future)
+            return
+        transfer.future = self._loop.create_future()
         transfer.future.add_done_callback(ended)
         self._settles([_Unsettled(span, transfer.future, readable=False) for span in spans])
 
@@ -392,12 +394,15 @@ class NvmeStore(Store):
             if request.units <= self._per_page:
                 self._failed_to(request, status, writes, errors)
                 continue
+            if writes:
+                self._doubtful.update(pages)
             for page in pages:
                 at = (page - pages.start) * self.page_size
                 part = memoryview(buffer)[at : at + self.page_size]
                 single = _Transfer(self._loop, transfer.kept)
                 self._add(single, page, part, writes)
                 await self._perform(single, [range(page, page + 1)] if writes else ())
+                self._doubtful.discard(page)
                 for again, why in single.failures:
                     again.into = again.data = None
                     self._failed_to(again, why, writes, errors)
@@ -410,9 +415,9 @@ class NvmeStore(Store):
     ) -> None:
         """A part of one page, or all of it, for good."""
         errors.append(self._error(request, status))
-        # Where there was no room for a whole page, the old one is there.
-        full = code_of(status) == Status.CAPACITY_EXCEEDED and request.units == self._per_page
-        if writes and not full:
+        # Where there was no room for a whole page, or it was not to be yet, the old one is there.
+        untouched = code_of(status) in (Status.CAPACITY_EXCEEDED, *LASTING)
+        if writes and not (untouched and request.units == self._per_page):
             self._doubtful.update(self._pages(request))
 
     # --- pages ---
@@ -441,6 +446,8 @@ class NvmeStore(Store):
         code = code_of(status)
         way = "read" if reads else "written"
         text = f"{self._namespace.name}: cannot be {way}: {status_name(status)}"
+        if code in LASTING:
+            return TransientError(text, store=NAME, page=page)
         if code == Status.CAPACITY_EXCEEDED and not reads:
             return StoreFullError(text, store=NAME, page=page)
         if code in _OF_ALL or code >> 8 == 1:
