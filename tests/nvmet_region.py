@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +28,7 @@ PATIENCE_S = 60 * SLOW
 OUTAGE_S = 1.0
 """How long something stays broken; nothing depends on it but how much piles up meanwhile."""
 ENOUGH = 200  # touches, after which every part of a region was swapped
+UPHEAVALS = 25
 QUICK = "reconnect_delay=100ms"
 
 
@@ -80,6 +83,10 @@ class Toucher:
     @property
     def ended(self) -> bool:
         return self._process.poll() is not None
+
+    def status(self) -> int:
+        """Wait for its end."""
+        return self._process.wait(PATIENCE_S)
 
     def ask(self, what: str) -> str:
         assert self._process.stdin is not None
@@ -176,6 +183,64 @@ def the_port_goes_and_returns(nvmet: Nvmet, folder: Path) -> None:
         other.listen()
 
 
+def a_medium_that_forgets_everything(nvmet: Nvmet, folder: Path) -> None:
+    """Under the same name: whoever touches a page of it gets a signal, and no zeros."""
+    with nvmet.exported() as (subsystem, device), Toucher(folder, subsystem.url(QUICK)) as toucher:
+        toucher.goes_on()
+        subsystem.take()
+        device.forget()
+        subsystem.give()
+        assert toucher.status() == -signal.SIGBUS, toucher.said()
+        assert "come back without what was written" in toucher.said()
+
+
+def anything_at_any_time(nvmet: Nvmet, folder: Path) -> None:
+    """Short and long outages of all kinds, one into another, in an order that a seed gives."""
+    seed = int(os.environ.get("USERSWAP_SEED", "1"))
+    rng = random.Random(seed)
+    print(f"seed {seed}")
+    how = "keep_alive_tmo=1s", "ctrl_loss_tmo=off", QUICK
+    with (
+        nvmet.exported(block_size=512) as (first, _),
+        nvmet.exported(write_cache=True) as (second, _),
+        Toucher(
+            folder,
+            first.url("&".join((*how, "hdr_digest=on&nr_io_queues=1"))),
+            second.url("&".join((*how, "data_digest=on&nr_io_queues=5"))),
+        ) as toucher,
+    ):
+        for _ in range(UPHEAVALS):
+            with contextlib.ExitStack() as mended:
+                for _ in range(rng.randrange(1, 4)):
+                    mended.enter_context(outage(nvmet, rng, rng.choice((first, second))))
+                    time.sleep(rng.choice((0.01, 0.1, 0.3, 1.0)))
+            if rng.randrange(2):
+                toucher.goes_on(rng.randrange(50))
+            if rng.randrange(4) == 0:
+                assert toucher.ask("flush") == "good"
+        toucher.end()
+
+
+@contextlib.contextmanager
+def outage(nvmet: Nvmet, rng: random.Random, subsystem: Subsystem) -> Iterator[None]:
+    match rng.randrange(4):
+        case 0:
+            subsystem.take()
+            yield
+            subsystem.give()
+        case 1 | 2:
+            if not subsystem.is_listening:
+                yield
+                return
+            subsystem.hide()
+            yield
+            subsystem.listen()
+        case _:
+            with nvmet.machine.frozen():
+                time.sleep(rng.choice((0.1, 0.5, 1.5, 3.0)))
+            yield
+
+
 def a_slow_medium(nvmet: Nvmet, folder: Path) -> None:
     with (
         nvmet.exported(delay_us=5000) as (subsystem, _),
@@ -247,5 +312,13 @@ CORE: list[Callable[[Nvmet, Path], None]] = [
     the_port_goes_and_returns,
     silence,
     bad_blocks,
+    a_medium_that_forgets_everything,
 ]
-SCENARIOS = [*CORE, regions_in_every_form, a_slow_medium, only_friends, store_check]
+SCENARIOS = [
+    *CORE,
+    regions_in_every_form,
+    anything_at_any_time,
+    a_slow_medium,
+    only_friends,
+    store_check,
+]

@@ -54,21 +54,18 @@ class Nvmet:
         self, *, block_size: int = 4096, mib: int = 64, delay_us: int = 0, write_cache: bool = False
     ) -> Device:
         """A new device, that answers each command after the delay."""
-        made = Device(self.machine, next(self._numbers))
-        script = [
-            f"mkdir {made.folder}",
-            f"cd {made.folder}",
-            f"echo {mib} >size; echo {block_size} >blocksize",
-            "echo 1 >memory_backed; echo 1 >discard",
-        ]
-        if delay_us:
-            script.append(f"echo 2 >irqmode; echo {delay_us * 1000} >completion_nsec")
-        else:
-            script.append("echo 0 >irqmode")
-        if write_cache:
-            script.append("echo 16 >cache_size")
-        script.append("echo 1 >power")
-        self.machine.say("\n".join(script))
+        settings = {
+            "size": mib,
+            "blocksize": block_size,
+            "memory_backed": 1,
+            "discard": 1,
+            "irqmode": 2 if delay_us else 0,
+            "completion_nsec": delay_us * 1000,
+            "cache_size": CACHE_MIB if write_cache else 0,
+            "power": 1,
+        }
+        made = Device(self.machine, next(self._numbers), settings)
+        made.make()
         return made
 
     @contextlib.contextmanager
@@ -84,6 +81,7 @@ class Nvmet:
             device.remove()
 
 
+CACHE_MIB = 16
 ANY = "attr_allow_any_host"
 
 
@@ -91,6 +89,11 @@ ANY = "attr_allow_any_host"
 class Device:
     machine: Machine
     number: int
+    settings: dict[str, int]
+
+    def make(self) -> None:
+        values = "\n".join(f"echo {value} >{name}" for name, value in self.settings.items())
+        self.machine.say(f"mkdir {self.folder}; cd {self.folder}\n{values}")
 
     @property
     def folder(self) -> str:
@@ -103,6 +106,11 @@ class Device:
     def damage(self, first: int, last: int) -> None:
         """These 512-byte sectors can be neither read nor written, until `mend`."""
         self.machine.say(f"echo +{first}-{last} >{self.folder}/badblocks")
+
+    def forget(self) -> None:
+        """All is gone; while it is not in use."""
+        self.remove()
+        self.make()
 
     def remove(self) -> None:
         self.machine.say(f"echo 0 >{self.folder}/power; rmdir {self.folder}")
@@ -148,6 +156,10 @@ class Subsystem:
 
     def forbid(self, host: str) -> None:
         self._say(f"rm {self.folder}/allowed_hosts/{host}")
+
+    @property
+    def is_listening(self) -> bool:
+        return self.nvmet.machine.run(f"test -e {PORT}/subsystems/{self.nqn}")[0] == 0
 
     def listen(self) -> None:
         self._say(f"ln -s {self.folder} {PORT}/subsystems/")
