@@ -82,34 +82,39 @@ class Kernel:
 
     @staticmethod
     def _fetched(series: str) -> Path:
+        """One that was downloaded before, or what the package lists have."""
+        cached = [found.parent for found in CACHE.glob(f"{series}.*/complete")]
+        if cached:
+            return max(cached, key=lambda folder: folder.stat().st_mtime)
+        if not shutil.which("apt-get"):
+            raise MissingError("a kernel of Debian's is needed, and there is no apt-get")
+        package = Kernel._package(series)
+        folder = CACHE / package.removeprefix("linux-image-")
+        with tempfile.TemporaryDirectory(dir=CACHE) as place:
+            os.chmod(place, 0o777)  # apt downloads as a user of its own
+            got = subprocess.run(
+                ["apt-get", "download", package], cwd=place, capture_output=True, check=False
+            )
+            packages = list(Path(place).glob("*.deb"))
+            if got.returncode or not packages:
+                raise MissingError(f"apt-get download {package}: {got.stderr.decode()[-500:]}")
+            shutil.rmtree(folder, ignore_errors=True)
+            subprocess.run(["dpkg-deb", "-x", packages[0], folder], check=True)
+        (folder / "complete").touch()
+        return folder
+
+    @staticmethod
+    def _package(series: str) -> str:
         meta = "linux-image-amd64" if series == "6.1" else f"linux-image-{series}-amd64"
-        depends = ""
         for update in (False, True):
             if update:
                 subprocess.run(["apt-get", "update", "-q"], capture_output=True, check=False)
             said = subprocess.run(
                 ["apt-cache", "depends", meta], capture_output=True, text=True, check=False
             )
-            if found := re.search(r"Depends: (linux-image-\d\S*)", said.stdout):
-                depends = found[1]
-                break
-        if not depends:
-            raise MissingError(f"the package lists have no {meta}")
-        folder = CACHE / depends.removeprefix("linux-image-")
-        if (folder / "complete").exists():
-            return folder
-        with tempfile.TemporaryDirectory(dir=CACHE) as place:
-            os.chmod(place, 0o777)  # apt downloads as a user of its own
-            got = subprocess.run(
-                ["apt-get", "download", depends], cwd=place, capture_output=True, check=False
-            )
-            packages = list(Path(place).glob("*.deb"))
-            if got.returncode or not packages:
-                raise MissingError(f"apt-get download {depends}: {got.stderr.decode()[-500:]}")
-            shutil.rmtree(folder, ignore_errors=True)
-            subprocess.run(["dpkg-deb", "-x", packages[0], folder], check=True)
-        (folder / "complete").touch()
-        return folder
+            if found := re.search(rf"Depends: (linux-image-{re.escape(series)}\.\S*)", said.stdout):
+                return found[1]
+        raise MissingError(f"the package lists have no Linux {series} ({meta})")
 
     def _unpacked(self) -> Path:
         """The kernel without its own decompression, which takes an emulated processor seconds."""
