@@ -118,6 +118,8 @@ async def test_a_target_that_is_started_again(caplog: pytest.LogCaptureFixture, 
     assert any("lost (" in line and "commands wait" in line for line in said), said
     assert any("back after" in line for line in said)
     await store.aclose()
+    said = [record.getMessage() for record in caplog.records if record.name == "userswap.nvme"]
+    assert f"lost {store.counters.lost} times" in said[-1]
     await server.stop()
 
 
@@ -169,13 +171,13 @@ async def test_what_is_kept_for_a_volatile_cache_is_bounded() -> None:
 
 async def test_everybody_waits_and_then_fails() -> None:
     async with served() as server:
-        store = await opened(server.address, ctrl_loss_tmo="300ms")
+        store = await opened(server.address, ctrl_loss_tmo="2s")
         await write(store, 3, page(3, 1))
     reads = [asyncio.create_task(read(store, index)) for index in range(8)]
-    _, waiting = await asyncio.wait(reads, timeout=0.1)
-    assert len(waiting) == len(reads)
+    await within(20, lambda: store.counters.attempts > 2)
+    assert not any(task.done() for task in reads)
     for task in reads:
-        with pytest.raises(StoreFailedError, match=r"ctrl_loss_tmo=0\.3s is over"):
+        with pytest.raises(StoreFailedError, match="ctrl_loss_tmo=2s is over"):
             await task
     for call in (read(store, 1), write(store, 1, page(1, 1)), store.flush(), store.discard(1, 1)):
         with pytest.raises(StoreFailedError, match="is over"):
@@ -206,16 +208,18 @@ async def test_a_silent_write_is_not_overtaken() -> None:
         proxy.stall()
         second = asyncio.create_task(write(store, 5, page(5, 2)))
         await within(20, lambda: store.counters.lost == 1)
+        now = asyncio.get_running_loop().time
+        lost = now()
         proxy.cut()
         proxy.flow()
         await second
-        began = asyncio.get_running_loop().time()
-        assert await read(store, 5) == page(5, 2)
+        third = asyncio.create_task(write(store, 5, page(5, 3)))
+        assert await read(store, 5) in (page(5, 2), page(5, 3))
         await write(store, 6, page(6, 3))
-        assert store._unsettled
-        await write(store, 5, page(5, 3))
+        assert not (third.done() and store._unsettled)
+        await third
         assert not store._unsettled
-        assert asyncio.get_running_loop().time() - began < 60
+        assert now() - lost > 1.5  # of twice the keep_alive_tmo
         assert await read(store, 5) == page(5, 3)
         await store.aclose()
 
@@ -337,7 +341,7 @@ class Moody(Cached):
 async def test_a_target_that_cannot_at_the_moment() -> None:
     medium = Moody()
     async with served(medium) as server:
-        store = await opened(server.address, ctrl_loss_tmo="2s")
+        store = await opened(server.address)
         await write(store, 1, page(1, 1))
         medium.mood = TransientError("later", store="moody")
         late = asyncio.create_task(read(store, 1))
@@ -347,6 +351,8 @@ async def test_a_target_that_cannot_at_the_moment() -> None:
         assert await late == page(1, 1)
         assert store.counters.retried > 20
         assert store.counters.lost == 0
+        await store.aclose()
+        store = await opened(server.address, ctrl_loss_tmo="200ms")
         medium.mood = TransientError("later", store="moody")
         with pytest.raises(TransientError, match="interrupted"):
             await read(store, 1)

@@ -56,6 +56,13 @@ class Counters:
     rewritten: int = 0
     """commands that were answered, and sent once more because no flush had confirmed them"""
 
+    def __str__(self) -> str:
+        return (
+            f"lost {self.lost} times, back {self.reconnected} times after {self.attempts} attempts; "
+            f"{self.requeued} commands sent again, {self.retried} tried again, {self.rewritten} "
+            "written again"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Patience:
@@ -201,6 +208,8 @@ class Path:
 
     async def aclose(self) -> None:
         """Leave. Whatever still waits fails."""
+        if self.counters.lost:
+            log.warning("%s: %s", self._name, self.counters)
         association = self._end(StoreFailedError("is closed", store=NAME))
         if self._reconnecting is not None:
             self._reconnecting.cancel()

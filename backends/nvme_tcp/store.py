@@ -288,11 +288,13 @@ class NvmeStore(Store):
         if not self._namespace.lease.is_fresh(self._loop.time()):
             await self._namespace.take(everything=everything)
         kept = self._namespace.unflushed
-        if kept is not None and kept.size > UNFLUSHED_MAX // 2:
+        while kept is not None and kept.size > UNFLUSHED_MAX // 2:
             if self._flushing is None:
                 self._flushing = self._loop.create_task(self._flush_aside())
-            while kept.size > UNFLUSHED_MAX and self._flushing is not None:
-                await asyncio.wait([self._flushing])
+            if kept.size <= UNFLUSHED_MAX:
+                break
+            await asyncio.wait([self._flushing])
+            self._check_open()
         if self._unsettled:
             await self._settled(spans, writes=True)
 
