@@ -75,6 +75,7 @@ BENCHES = (
         "kernel", "userswap.bench.kernel", "compare with kernel swap on zram, at the same memory"
     ),
     Command("stores", "userswap.bench.stores", "compare stores under a region, on real data"),
+    Command("nvme", "userswap.bench.nvme_bench", "what our NVMe/TCP host costs over loopback"),
 )
 STORE_COMMANDS = (
     Command("list", "userswap.engine.store_list", "stores and filters; or the extents of a volume"),
