@@ -1,6 +1,8 @@
 """The queue in C on sockets: what only it does, beside all that it does as the one in Python."""
 
+import asyncio
 import contextlib
+import os
 import socket
 from collections.abc import Iterator
 
@@ -8,7 +10,7 @@ import pytest
 
 from nvme import Link, World, settings, with_digests
 from userswap.backends.nvme_tcp import command as nvme
-from userswap.backends.nvme_tcp import pdu
+from userswap.backends.nvme_tcp import direct, pdu
 from userswap.backends.nvme_tcp.command import CQE, Connect
 from userswap.backends.nvme_tcp.native_queue import NativeQueuePair
 from userswap.backends.nvme_tcp.pdu import (
@@ -20,6 +22,9 @@ from userswap.backends.nvme_tcp.pdu import (
 )
 from userswap.backends.nvme_tcp.qpair import Completed, Connected, Event, Terminated
 from userswap.backends.nvme_tcp.target import Operation
+from userswap.backends.registry import open_stack
+from userswap.backends.store import Geometry, Run
+from userswap.bench import nvme_measure
 from userswap.native import lib
 
 PAGE = 4096
@@ -278,3 +283,35 @@ def test_cids_come_round() -> None:
     lib.us_nvme_form(queue._native).next_cid = last + 1  # as after all others
     assert [queue.submit(nvme.flush(1), 0.0) for _ in range(2)] == [last + 1, 0]
     queue.close()
+
+
+async def test_a_near_target_answers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "LOOK_NS", 1 << 31)
+    with nvme_measure.target(min(os.sched_getaffinity(0)), spin=False) as port:
+        store = await open_stack(nvme_measure.url(port), Geometry(64))
+        try:
+            pages = [memoryview(bytearray(pattern(PAGE, seed))) for seed in range(2)]
+            for index, page in enumerate(pages):
+                await store.write([Run(index, page)])
+            found = memoryview(bytearray(PAGE))
+            assert not store.read_now([Run(0, found)])  # it was not seen to be near yet
+            await store.read([Run(0, found)])
+            assert found == pages[0]
+            await asyncio.sleep(0)
+            assert store.read_now([Run(1, found)])
+            assert found == pages[1]
+            assert not store.read_now([Run(0, found)])  # others may follow in this turn
+            await asyncio.gather(*(store.read([Run(0, found)]) for _ in range(3)))
+            assert found == pages[0]
+            await asyncio.sleep(0)
+            monkeypatch.setattr(direct, "LOOK_NS", 1)
+            kept = memoryview(bytearray(PAGE))
+            while store.read_now([Run(1, kept)]):  # until one comes too late, which changes nothing
+                kept[:] = bytes(PAGE)
+                await asyncio.sleep(0)
+            before = bytes(kept)
+            await store.read([Run(1, found)])
+            assert found == pages[1]
+            assert kept == before
+        finally:
+            await store.aclose()

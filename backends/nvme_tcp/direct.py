@@ -51,7 +51,7 @@ class DirectConnection:
         self._flushes = False
         """`_flush` will be called: in this turn, or when the socket takes more."""
         self._timer: asyncio.TimerHandle | None = None
-        self._late = 0
+        self._late = LATE_MAX
         self._looked = False
         """In this turn of the loop."""
         self._crowded = False
@@ -95,6 +95,12 @@ class DirectConnection:
         else:
             self._flushes = True
             self._loop.call_soon(self._flush)
+
+    @property
+    def is_near(self) -> bool:
+        """`ask` would look for the answer, and found it the last time."""
+        pair, quiet = self._pair, not (self._looked or self._crowded or self._flushes)
+        return not self._late and quiet and not pair.outstanding and pair.direct
 
     def ask(self, now: float) -> None:
         """`transmit` of one command, and a look whether it is answered soon: a near target's

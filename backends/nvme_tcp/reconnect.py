@@ -147,6 +147,14 @@ class Path:
         self._waiting.extend(requests)
         self._pump()
 
+    @property
+    def is_near(self) -> bool:
+        """What `send_one` is given now will very likely have been answered when it returns."""
+        association = self.association
+        if association is None or not self._is_restored or self._waiting or self._urgent:
+            return False
+        return _emptiest(association.queues).connection.is_near
+
     def send_one(self, request: Request) -> None:
         """The same for one request, and quicker where nothing is in its way: it may have ended
         already when this returns."""

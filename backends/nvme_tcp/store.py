@@ -189,26 +189,16 @@ class NvmeStore(Store):
         return self._path.counters
 
     async def read(self, runs: Sequence[Run]) -> None:
-        if len(runs) == 1 and not (self._unsettled or self._doubtful or self._closed):
-            # What most faults need, without ado.
-            namespace, (run,) = self._namespace, runs
-            size = run.buffer.nbytes
-            if size <= namespace.transfer and namespace.lease.is_taken:
-                waiter = _Read(loop=self._loop)
-                pages_of(self, run)
-                unit, units = run.index * self._per_page, size // UNIT
-                request = Request(
-                    namespace.read(unit, units), waiter, None, run.buffer, unit, units
-                )
-                self._path.send_one(request)
-                try:
-                    await waiter
-                except asyncio.CancelledError:
-                    self._path.abandon(request)
-                    raise
-                request.into = None
-                if not waiter.has_failed:
-                    return
+        if (asked := self._ask(runs)) is not None:
+            waiter, request = asked
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                self._path.abandon(request)
+                raise
+            request.into = None
+            if not waiter.has_failed:
+                return
         spans = [pages_of(self, run) for run in runs]
         self._check_open()
         if self._unsettled:
@@ -219,6 +209,17 @@ class NvmeStore(Store):
         await self._perform(transfer)
         if transfer.failures:
             await self._singly(transfer)
+
+    def read_now(self, runs: Sequence[Run]) -> bool:
+        """Where the target is near, for less than a task takes: what does not come is forgotten."""
+        if not self._path.is_near or (asked := self._ask(runs)) is None:
+            return False
+        waiter, request = asked
+        if not waiter.done():
+            self._path.abandon(request)
+            return False
+        request.into = None
+        return not waiter.has_failed
 
     async def write(self, runs: Sequence[Run]) -> None:
         spans = [pages_of(self, run) for run in runs]
@@ -346,6 +347,28 @@ class NvmeStore(Store):
             self._flushing = None
 
     # --- transfers ---
+
+    def _ask(self, runs: Sequence[Run]) -> tuple[_Read, Request] | None:
+        """Send what most faults need, without ado; None: it takes more than that."""
+        if len(runs) != 1:
+            return None
+        namespace, run = self._namespace, runs[0]
+        size = run.buffer.nbytes
+        if (
+            size > namespace.transfer
+            or not namespace.lease.is_taken
+            or self._unsettled
+            or self._doubtful
+            or self._closed
+            or self._path.error is not None
+        ):
+            return None
+        pages_of(self, run)
+        waiter = _Read(loop=self._loop)
+        unit, units = run.index * self._per_page, size // UNIT
+        request = Request(namespace.read(unit, units), waiter, None, run.buffer, unit, units)
+        self._path.send_one(request)
+        return waiter, request
 
     def _transfer_of(self, runs: Sequence[Run], *, writes: bool) -> _Transfer:
         transfer = _Transfer(self._loop, self._namespace.unflushed if writes else None)
