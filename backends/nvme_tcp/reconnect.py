@@ -58,9 +58,9 @@ class Counters:
 
     def __str__(self) -> str:
         return (
-            f"lost {self.lost} times, back {self.reconnected} times after {self.attempts} attempts; "
-            f"{self.requeued} commands sent again, {self.retried} tried again, {self.rewritten} "
-            "written again"
+            f"lost {self.lost} times, back {self.reconnected} times in {self.attempts} attempts; "
+            f"{self.requeued} commands sent again, {self.retried} tried again, "
+            f"{self.rewritten} written again"
         )
 
 
