@@ -297,6 +297,8 @@ class Connection:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        for released in list(self.leaving.values()):
+            await released.wait()  # the drain is about to let a region go
         self._refuse(self._unclaimed)  # of tasks that were cancelled before they began
         if self.service is not None:
             await self.service.end()

@@ -178,6 +178,9 @@ class Drain:
                 return "it is being closed"
             quiesced = asyncio.create_task(service.quiesce(region))
             for _ in range(STALLED_STEPS):
+                if client.ended.is_set():
+                    quiesced.cancel()
+                    return "its program has ended"
                 left = await self._restore(seat, region, 0, region.pages, CHUNK_PAGES)
                 if not left and quiesced.done():
                     break
@@ -209,7 +212,7 @@ class Drain:
 
 def missing_bytes(seat: Seat) -> int:
     """What is to be brought in of a region."""
-    if seat.region is None:
+    if seat.region is None or seat.region.closing:
         return 0
     states = ffi.new("uint64_t[]", len(State))
     lib.us_region_census(seat.region.handle, states)

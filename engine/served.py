@@ -400,6 +400,8 @@ class ClientService:
 
     async def end(self) -> None:
         """The client is gone: free everything that was its own."""
+        for region in self.regions.values():
+            region.closing = True  # who looks after regions leaves it alone from here on
         if self._timer is not None:
             self._timer.cancel()
         asyncio.get_running_loop().remove_reader(lib.us_client_descriptors(self.native, 4))
@@ -410,13 +412,17 @@ class ClientService:
         await self.loop.cancel()
         await self.evictor.cancel()
         for region in self.regions.values():
+            await region.operations.settled()
+        await self._beside.settled()
+        regions = list(self.regions.values())
+        self.regions.clear()  # before the first is freed: `stat` looks at them at any time
+        for region in regions:
             if region.detached:  # its close was cancelled, and the native client knows it no more
                 check(lib.us_region_free(region.handle))
             try:
                 await asyncio.wait_for(self.stores.close(region.backing), STORE_END_S)
             except TimeoutError:
                 log.warning("store %s: does not let go of region %s", region.url, region.name)
-        await self._beside.settled()
         # Only now: a store's buffers may be the client's memory. The table may take a while.
         await asyncio.to_thread(lib.us_client_destroy, self.native)
         os.close(self.uffd)

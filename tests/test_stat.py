@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -283,3 +284,46 @@ def test_the_desk_serves_visitors_alone(folder: Path) -> None:
                 ask(path, "stat", after=after)
     finally:
         owner.kill()
+
+
+def test_regions_may_end_while_somebody_looks(tmp_path: Path) -> None:
+    """Programs are killed: what the daemon frees then is still looked at."""
+    code = """
+import sys, userswap
+region = userswap.Region(
+    "16MiB", resident="2MiB", store="fast", pager=sys.argv[1], mover="protect"
+)
+print("pages", flush=True)
+while True:
+    for at in range(0, region.size, 4096):
+        region.memory[at] = at >> 12 & 255
+"""
+    failures: list[BaseException] = []
+    with Daemon(tmp_path / "s", "64MiB") as daemon:
+        over = threading.Event()
+
+        def keep_looking() -> None:
+            try:
+                while not over.is_set():
+                    daemon.clients()
+            except BaseException as error:
+                failures.append(error)
+
+        lookers = [threading.Thread(target=keep_looking) for _ in range(2)]
+        for looker in lookers:
+            looker.start()
+        for _ in range(12):
+            program = subprocess.Popen(
+                [sys.executable, "-P", "-c", code, daemon.path], stdout=subprocess.PIPE
+            )
+            assert program.stdout is not None
+            assert program.stdout.readline() == b"pages\n"
+            time.sleep(0.2)
+            program.kill()
+            program.communicate()
+        over.set()
+        for looker in lookers:
+            looker.join()
+        assert not failures, failures
+        assert wait_for(lambda: not daemon.clients())
+        assert daemon.end() == 0
