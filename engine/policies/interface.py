@@ -1,7 +1,7 @@
 """What a policy in Python has to offer, built in or a user's own: plain objects, told and asked.
 
-Pure: no I/O, no clock, no threads. `userswap.engine.policy_conformance.check_policy` puts one to the
-contract.
+Pure: no I/O, no clock, no threads. `check_policy` of `userswap.engine.policy_conformance` holds one
+to the contract.
 """
 
 from __future__ import annotations
