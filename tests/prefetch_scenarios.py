@@ -77,7 +77,7 @@ def by_every_policy(*, store: str, seed: int) -> None:
     """Whatever a policy names, the pages are the ones that were written."""
     draw = random.Random(seed)
     for policy in names():
-        with Region(4 * MIB, resident=5 * MIB // 4, store=store, prefetch=policy) as region:
+        with Region(5 * MIB // 2, resident=5 * MIB // 4, store=store, prefetch=policy) as region:
             pages = list(range(region.size // PAGE))
             versions = dict.fromkeys(pages, 0)
             fill(region)
