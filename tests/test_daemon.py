@@ -194,12 +194,12 @@ for number in range(int(sys.argv[2])):
 
 def test_two_hundred_clients_leave_nothing(daemon: Daemon) -> None:
     idle = daemon.descriptors()
-    good(CYCLES, daemon.path, "50", timeout=60)
+    good(CYCLES, daemon.path, "100", timeout=100)  # as many at once as there may be, on any machine
     assert daemon.settled(idle) == idle
     before = {name: daemon.status(name) for name in ("RssAnon", "VmSize", "Threads")}
     good(CYCLES, daemon.path, "200", timeout=100)
     assert daemon.settled(idle) == idle
-    assert daemon.status("RssAnon") < before["RssAnon"] + 2048  # KiB
+    assert daemon.status("RssAnon") < before["RssAnon"] + 4096  # KiB
     assert daemon.status("VmSize") < before["VmSize"] + (1 << 20)
     assert daemon.status("Threads") <= before["Threads"] + 4
 

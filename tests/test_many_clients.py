@@ -30,12 +30,13 @@ asyncio.run(main())
 """
 
 CLIENTS = """
-import os, signal, socket, subprocess, sys, tempfile, time
+import os, signal, socket, subprocess, sys, tempfile, time, warnings
 import userswap
 from userswap.engine import client as clients
 from userswap.engine.control import Caller
 from userswap.native import check, lib
 
+warnings.simplefilter("ignore", DeprecationWarning)  # of a fork in a process with threads
 STORES = ("ram:lz4", "memory:", "ram:zstd")
 folder = tempfile.TemporaryDirectory()
 path = os.path.join(folder.name, "pager")
