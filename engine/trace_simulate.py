@@ -43,7 +43,7 @@ examples:
 
 Budgets are shares of the pages that the trace touches, or sizes. The optimum (Belady's) knows the
 future and reads nothing ahead. A trace that was recorded with R resident tells nothing of less than
-R; one recorded with --full tells of everything. The stall is what the program waits: for the store,
+R; one that saw every touch tells of everything. The stall is what the program waits: for the store,
 and 5 us for each fault; the run time is the trace's own, less its faults, unless it is given.
 """
 
@@ -51,7 +51,7 @@ and 5 us for each fault; the run time is the trace's own, less its faults, unles
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Simulate every policy and budget on a trace, and say which is right."
     parser.epilog = EPILOG
-    parser.add_argument("trace", metavar="TRACE", help="a file of `trace record` or `trace import`")
+    parser.add_argument("trace", metavar="TRACE", help="such as `trace import` makes")
     parser.add_argument(
         "--eviction", default=ALL, metavar="NAMES", help=f"{', '.join(eviction.names())} or all"
     )

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 
 import pytest
 
+from packages import CANNOT_BE_HAD
+
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 1, 0x1000
 MTU = 9000
 QUEUE_PACKETS = 2000
@@ -144,7 +146,7 @@ def machines() -> Iterator[Machines]:
                 _ip("-n", name, "address", "add", f"{address}/24", "dev", device)
                 _ip("-n", name, "link", "set", device, "mtu", str(MTU), "up")
         except OSError as error:
-            pytest.skip(f"privileged: no network namespaces can be joined here ({error})")
+            pytest.skip(f"joined network namespaces: {CANNOT_BE_HAD} ({error})")
         yield Machines(wire, *names)
     finally:
         if wire is not None:

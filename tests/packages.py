@@ -17,8 +17,15 @@ OPTIONS = ["-y", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=120"]
 LOCK = Path(tempfile.gettempdir()) / f"userswap-packages-{os.getuid()}"
 
 
+CANNOT_BE_HAD = "cannot be had on this machine"
+"""In the reason of a skip that `.ci/run` takes."""
+
+
 class MissingError(Exception):
     """Something is not there and cannot be had; the message says how to get it."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} ({CANNOT_BE_HAD})"
 
 
 def provide(packages: dict[str, str]) -> None:

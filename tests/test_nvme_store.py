@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nvme_remote import NQN, Remote, served, url
+from packages import CANNOT_BE_HAD
 from userswap.backends.conformance import CHECKS, Check
 from userswap.backends.grammar import GrammarError
 from userswap.backends.harness import perform, read, write
@@ -103,7 +104,7 @@ async def test_ipv6() -> None:
     try:
         server = await serve(medium, nqn=NQN, listen=("::1", 0))
     except OSError as error:
-        pytest.skip(f"no IPv6 here: {error}")
+        pytest.skip(f"IPv6: {CANNOT_BE_HAD} ({error})")
     async with server:
         store = await open_stack(url(server.address), Geometry(16))
         assert "[::1]" in store.space
