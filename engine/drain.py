@@ -124,6 +124,8 @@ class Drain:
 
     async def _bring_in(self, seat: Seat, region: OpenRegion) -> str:
         """Bring the region's pages in beside its faults; why it stays, if it does."""
+        if region.closing:  # or freed by now, after its wait for those before it
+            return "it is being closed"
         seat.releasing = True
         region.operations.begin()  # it is not freed under us
         try:
@@ -181,8 +183,9 @@ class Drain:
                 if client.ended.is_set():
                     quiesced.cancel()
                     return "its program has ended"
+                still = quiesced.done()  # what was looked at before that may have left since
                 left = await self._restore(seat, region, 0, region.pages, CHUNK_PAGES)
-                if not left and quiesced.done():
+                if not left and still:
                     break
                 await asyncio.sleep(STEP_S)
             else:

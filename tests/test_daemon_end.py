@@ -54,6 +54,29 @@ def test_the_end_under_load(daemon: Daemon, store: str) -> None:
             program.end()
 
 
+@pytest.mark.parametrize("how", ["close", "kill"])
+def test_a_region_that_ends_while_it_waits_for_its_turn(tmp_path: Path, how: str) -> None:
+    """Regions are brought in one at a time; the last in the row may be gone when its turn comes."""
+    slow = ("--store", "slow=delay?read=200ms::memory:")
+    with (
+        Daemon(tmp_path / "s", "64MiB", *slow) as daemon,
+        programs(1, "page", daemon.path, "slow", 8 * MIB, 4 * MIB) as (first,),
+        programs(1, "page", daemon.path, "fast", 16 * MIB, 4 * MIB) as (second,),
+    ):
+        assert first.line() == second.line() == "filled"
+        daemon.process.send_signal(signal.SIGTERM)
+        assert wait_for(lambda: json.loads(first.ask("stats"))["readahead_pages"] > 0)
+        if how == "kill":
+            second.kill()
+        else:
+            second.tell("close")
+            second.end()
+        assert daemon.process.wait(60) == 0
+        assert first.ask("verify") == "good"
+        first.tell("close")
+        first.end()
+
+
 def test_what_does_not_fit_is_served_on(tmp_path: Path) -> None:
     with (
         memory_group(tmp_path) as group,
