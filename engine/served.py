@@ -50,6 +50,9 @@ DISCARD_STALL_S = 5.0
 PREFETCH_TRIES = 200
 STORE_END_S = 10.0
 """How long a store may take to discard a region whose client is gone."""
+THREAD_AGAIN_S = 0.1
+THREAD_TRIES = 600
+"""One minute: an embedded pager whose client is gone must be able to end."""
 QUIET_TRIES = 200
 """One second: a client whose agent is stopped must be able to end."""
 CENSUS_PAGES = 1 << 16
@@ -196,9 +199,9 @@ class ClientService:
         There is no way back: whoever reads the userfaultfd would have to be stopped first."""
         if not self._may_change or self.fault_path == "native":
             return
+        check(lib.us_client_serve(self.native))  # where it gets no thread, the loop serves on
         self.loop.detach()
         self.fault_path = "native"
-        check(lib.us_client_serve(self.native))
 
     def region(self, request: dict[str, Any]) -> OpenRegion:
         """The region that a request names."""
@@ -424,7 +427,7 @@ class ClientService:
             except TimeoutError:
                 log.warning("store %s: does not let go of region %s", region.url, region.name)
         # Only now: a store's buffers may be the client's memory. The table may take a while.
-        await asyncio.to_thread(lib.us_client_destroy, self.native)
+        await on_own_thread(lambda: lib.us_client_destroy(self.native))
         os.close(self.uffd)
 
 
@@ -450,7 +453,14 @@ async def on_own_thread(job: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(settle)
 
-    threading.Thread(target=run, name="userswap-end", daemon=True).start()
+    for left in reversed(range(THREAD_TRIES)):
+        try:
+            threading.Thread(target=run, name="userswap-end", daemon=True).start()
+            break
+        except RuntimeError:  # as many run as may: another may end meanwhile
+            if not left:
+                raise
+            await asyncio.sleep(THREAD_AGAIN_S)
     await done
 
 
