@@ -77,7 +77,7 @@ class Kernel:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self.folder = self._fetched(series)
             self.image = self._unpacked()
-        found = (self.folder / "lib/modules").rglob("*.ko*")
+        found = self.folder.rglob("*.ko*")  # in lib, or since Debian 13 in usr/lib
         self._modules = {path.name.partition(".")[0].replace("-", "_"): path for path in found}
 
     @staticmethod
