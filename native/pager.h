@@ -20,6 +20,9 @@
 #define US_MISSES 8192u             /* faults waiting for the asyncio loop; a power of two */
 #define US_LATE_NS 100000000ull     /* an order that waits this long is late: the budget yields, the fault does not wait */
 
+#define US_BATCHES_SPARE 4u /* of the client's batches, for regions that have hardly any under way */
+#define US_BATCHES_STEP 2u  /* what a step of eviction takes: one for pages that move, one for pages that stay */
+
 enum us_batch_state {
     US_BATCH_FREE,
     US_BATCH_BUILDING,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import random
 import tempfile
 import threading
@@ -10,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from exercise import PAGE, Region, expect
+from exercise import PAGE, Region, address_of, expect
 from scenarios import MIB, copy_out, fill, stamp, stored_pages
 from userswap.backends.memory import MemoryStore
 from userswap.backends.store import Run
@@ -91,3 +92,32 @@ def by_every_policy(*, store: str, seed: int) -> None:
                         region.memory[page * PAGE : (page + 1) * PAGE] = stamp(page, versions[page])
             read = region.stats().readahead_pages
             expect((read > 0) == (policy not in ("none", "replay")), f"{policy} read {read} ahead")
+
+
+def beside_regions_whose_store_hangs() -> None:
+    """They have more on its way out than there are batches for; another region pages on."""
+    with tempfile.TemporaryDirectory() as folder:
+        held = Path(folder) / "held"
+        store = Held(held)
+        hanging = [Region(12 * MIB, resident=8 * MIB, store=store) for _ in range(9)]
+        with Region(8 * MIB, resident=2 * MIB, store="memory:") as region:
+            fill(region)
+            held.touch()
+            threads = []
+            for other in hanging:  # memset, unlike the interpreter, lets others run while it waits
+                job = (address_of(other), 1, other.size)
+                threads.append(threading.Thread(target=ctypes.memset, args=job, daemon=True))
+                threads[-1].start()
+            while not all(other.stats().faults["parked"] for other in hanging):
+                time.sleep(0.02)
+            for version in (1, 2):
+                fill(region, version)
+                for page in range(region.size // PAGE):
+                    expect(copy_out(region, page) == stamp(page, version), f"page {page} is lost")
+            expect(all(thread.is_alive() for thread in threads), "the store did not hang")
+            held.unlink()
+            for thread in threads:
+                thread.join()
+        for other in hanging:
+            expect(set(other.memory[:: 64 * PAGE]) == {1}, "pages are lost")
+            other.close()

@@ -26,3 +26,7 @@ def test_a_prefetch_waits_for_its_own_pages_alone(
 @pytest.mark.parametrize("store", ["ram:lz4", "memory:"])
 def test_pages_are_right_whatever_policies_name(store: str, seed: int) -> None:
     check(call(prefetch_scenarios.by_every_policy, store=store, seed=seed))
+
+
+def test_a_store_that_hangs_leaves_batches_to_others() -> None:
+    check(call(prefetch_scenarios.beside_regions_whose_store_hangs))
