@@ -26,24 +26,12 @@ uint64_t us_batch_mask(const struct us_batch *batch) {
 }
 
 /* NULL: all batches are under way. */
-/* A region whose store hangs must not end up with every batch: of the last ones a region gets no more than a step needs. */
-static bool has_share(const struct us_client *client, const struct us_region *region) {
-    uint32_t mine = 0, left = US_BATCHES;
-    for (uint32_t i = 0; i < US_BATCHES; i++) {
-        if (atomic_load(&client->batch[i].state) == US_BATCH_FREE)
-            continue;
-        left--;
-        mine += client->batch[i].region == region;
-    }
-    return left > US_BATCHES_SPARE || mine < US_BATCHES_STEP || client->regions == 1;
-}
-
 struct us_batch *us_batch_take(struct us_client *client, struct us_region *region, uint32_t kind) {
     struct us_batch *found = NULL;
     pthread_mutex_lock(&client->batch_lock);
     /* revoked orders hold places of the ring until the agent has passed them: leave one for each batch */
     bool room = client->order_posted - client->order_reaped <= US_ORDERS - 2 * US_BATCHES;
-    room = room && (kind == US_BATCH_DISCARD || (!atomic_load(&client->quiet) && has_share(client, region)));
+    room = room && (kind == US_BATCH_DISCARD || (!atomic_load(&client->quiet) && us_region_has_share(region)));
     for (uint32_t i = 0; room && i < US_BATCHES && !found; i++) {
         struct us_batch *batch = &client->batch[i];
         if (atomic_load(&batch->state) == US_BATCH_FREE)

@@ -205,6 +205,8 @@ void us_region_limit(struct us_region *region, uint64_t limit);
 struct us_region *us_region_find(struct us_client *client, uint64_t address);
 bool us_reserve(struct us_region *region, uint32_t pages, bool force);
 bool us_reserve_ahead(struct us_region *region);
+/* Whether it may take another batch, with the batches locked. */
+bool us_region_has_share(const struct us_region *region);
 void us_release(struct us_region *region, int64_t bytes);
 us_word *us_word_make(struct us_region *region, uint64_t index);
 void us_queue_push(struct us_region *region, uint32_t index);

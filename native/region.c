@@ -260,3 +260,16 @@ int us_region_free(struct us_region *region) {
     free_region(region);
     return 0;
 }
+
+/* A region whose store hangs must not end up with every batch: of the last ones a region gets no more than a step needs. */
+bool us_region_has_share(const struct us_region *region) {
+    const struct us_client *client = region->client;
+    uint32_t mine = 0, left = US_BATCHES;
+    for (uint32_t i = 0; i < US_BATCHES; i++) {
+        if (atomic_load(&client->batch[i].state) == US_BATCH_FREE)
+            continue;
+        left--;
+        mine += client->batch[i].region == region;
+    }
+    return left > US_BATCHES_SPARE || mine < US_BATCHES_STEP || client->regions == 1;
+}

@@ -67,6 +67,7 @@ def beside_evictions() -> None:
             held.touch()
             while not region.stats().staging_bytes:
                 region.memory[pages.pop() * PAGE] = 1
+                time.sleep(0.01)  # faster than pages leave, a fault would wait for room, and for us
             region.resize_resident(8 * MIB)
             region.prefetch(pages[0] * PAGE, PAGE)
             expect(region.stats().staging_bytes > 0, "what was on its way out has arrived")
